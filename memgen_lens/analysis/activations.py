@@ -1,0 +1,163 @@
+"""Record activations at the answer position, at the sites asked for and nowhere else.
+
+The answer position is the last token of a prompt, whose logits pick the first answer token. Does not score.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.utils import get_act_name
+
+from memgen_lens.behavior import by_length
+from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.records import Activations, PromptPairs, SiteActivations
+from memgen_lens.core.types import LensModel
+
+LAYER_SITES = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "pre",
+    "post",
+    "q",
+    "k",
+    "v",
+    "z",
+    "ln1",
+    "ln2",
+)
+"""Short names of sites inside the blocks, as TransformerLens' `get_act_name` knows them."""
+MODEL_SITES = ("embed", "pos_embed", "ln_final")
+"""Short names of sites outside the blocks: one layer."""
+
+
+def record(
+    model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int = 2048
+) -> Activations:
+    """Activations of both prompts of every pair at the answer position.
+
+    No cache of the model is made: a hook keeps the last position of the sites asked for, batch by batch, and the
+    forward pass stops after the last layer asked for. Prompts of one length share a batch; none is padded.
+
+    Args:
+        model: A HookedTransformer; left without hooks, also after an exception.
+        pairs: Prompt pairs, ours or a user's own.
+        sites: TransformerLens short names, e.g. ``["resid_post", "post"]``; heads are flattened into the neuron
+            axis (``z``: neuron = head * d_head + coordinate).
+        batch_size: Prompts in one forward pass.
+
+    Returns:
+        For each site both sides as float32 ``[pair, layer, neuron]``; and the token embedding (with position, where
+        it is added to the residual stream) at the answer position, which the probes' baseline needs.
+
+    Raises:
+        SiteError: A site is unknown, or the model lacks it.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+    """
+    if isinstance(sites, str):
+        raise SiteError(
+            "record",
+            expected="a list of sites",
+            received=repr(sites),
+            fix=f"Write sites=[{sites!r}].",
+        )
+    names = {site: site_hooks(model, site) for site in sites}
+    prompts = [item.prompt for item in (*pairs.memorized, *pairs.generalized)]
+    embedding_hooks = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
+    wanted = list(dict.fromkeys([*embedding_hooks, *(hook for hooks in names.values() for hook in hooks)]))
+    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    batches = by_length(model, prompts, batch_size=batch_size)
+    for _, tokens in batches:
+        for name, value in last_position(model, tokens, wanted).items():
+            kept[name].append(value.cpu())
+    order = np.argsort([i for index, _ in batches for i in index])
+
+    def side_by_side(hooks: list[str]) -> SiteActivations:
+        values = torch.stack([torch.cat(kept[hook]) for hook in hooks], dim=1).float().numpy()[order]
+        return SiteActivations(memorized=values[: len(pairs)], generalized=values[len(pairs) :])
+
+    embeddings = [side_by_side([name]) for name in embedding_hooks]
+    return Activations(
+        sites={site: side_by_side(hooks) for site, hooks in names.items()},
+        pairs=pairs,
+        embedding=SiteActivations(
+            memorized=np.sum([e.memorized for e in embeddings], axis=0),
+            generalized=np.sum([e.generalized for e in embeddings], axis=0),
+        ),
+        tokens=_pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts)),
+    )
+
+
+@torch.inference_mode()
+def last_position(
+    model: LensModel, tokens: Any, hooks: Sequence[str]
+) -> dict[str, Float[Tensor, "batch neuron"]]:
+    """What the hook points give at the last position of some prompts, heads flattened."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        kept[hook.name] = activation[:, -1].flatten(1).clone()
+
+    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
+        model(tokens, return_type=None, stop_at_layer=_stop_layer(model, hooks))
+    return kept
+
+
+def site_hooks(model: LensModel, site: str) -> list[str]:
+    """Full hook-point names of a site, one a layer (one in all for a site outside the blocks).
+
+    Args:
+        model: A HookedTransformer.
+        site: A short name (``"resid_post"``), or a full one (``"blocks.0.mlp.hook_post"``).
+
+    Raises:
+        SiteError: The name is unknown, or this model does not have it.
+    """
+    if site in model.hook_dict:
+        return [site]
+    if site in MODEL_SITES:
+        hooks = [get_act_name("normalized", None, "ln_final") if site == "ln_final" else get_act_name(site)]
+    elif site in LAYER_SITES:
+        name: Callable[[int], str] = (
+            (lambda layer: get_act_name("normalized", layer, site))
+            if site.startswith("ln")
+            else (lambda layer: get_act_name(site, layer))
+        )
+        hooks = [name(layer) for layer in range(model.cfg.n_layers)]
+    else:
+        raise SiteError(
+            f"site {site!r}",
+            expected="a TransformerLens short name or a full hook-point name",
+            received=repr(site),
+            fix=suggest(site, [*LAYER_SITES, *MODEL_SITES, *model.hook_dict]),
+        )
+    lacking = [hook for hook in hooks if hook not in model.hook_dict]
+    if lacking:
+        raise SiteError(
+            f"site {site!r}",
+            expected="a hook point of this model",
+            received=f"{lacking[0]}, which it does not have",
+            fix=suggest(lacking[0], model.hook_dict),
+        )
+    return hooks
+
+
+def _stop_layer(model: LensModel, hooks: Sequence[str]) -> int | None:
+    """The first block that no hook needs; None where a hook lies behind the blocks."""
+    layers = [int(hook.split(".")[1]) if hook.startswith("blocks.") else -1 for hook in hooks]
+    behind = any(layer < 0 and hook not in ("hook_embed", "hook_pos_embed") for hook, layer in zip(hooks, layers, strict=True))
+    # Stopping before the last block's end would save nothing but the unembedding; where hooks lie behind it, run on.
+    return None if behind else max(layers) + 1
+
+
+def _pad(batches: list[tuple[list[int], np.ndarray]], n: int) -> np.ndarray:
+    tokens = np.full((n, max((rows.shape[1] for _, rows in batches), default=0)), -1, dtype=np.int64)
+    for index, rows in batches:
+        tokens[index, : rows.shape[1]] = rows
+    return tokens

@@ -1,0 +1,253 @@
+"""Judge a steering on the test pairs: rates with intervals, beside controls and side effects.
+
+Does not choose the steering.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from memgen_lens.analysis.steering import Steering, steered, steered_outputs
+from memgen_lens.behavior import by_length, complete, observe_items
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.records import Item, PairSplit, PromptPairs, SideEffects, SteeringRates, SteeringTable
+from memgen_lens.core.stats import Rate, mean_of_draws, wilson
+from memgen_lens.core.types import Behavior, Direction, LensModel
+
+CONTROLS = ("random_neurons", "low_correlation", "random_sign")
+N_EXAMPLES = 6
+USER_MAX_NEW_TOKENS = 16
+
+
+def evaluate_steering(
+    model: LensModel,
+    task: Any | None,
+    pairs: PromptPairs,
+    steer: Steering,
+    *,
+    split: PairSplit = "test",
+    n_controls: int = 20,
+    seed: int = 0,
+    batch_size: int = 2048,
+) -> SteeringTable:
+    """What a steering does, both ways, on pairs that neither ranked its neurons nor chose its setting.
+
+    ``to_generalization``: the recalling prompts, steered towards generalization; ``to_memorization``: the computing
+    prompts, steered towards memorization. The controls change as many neurons in each layer by the same multiset of
+    magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho)) and
+    ``random_sign`` (the selected neurons, random signs).
+
+    Args:
+        model: A HookedTransformer.
+        task: The task that judges outputs; None for a user's own pairs, whose outputs are compared with their answers
+            or, where these are not given, with what the unsteered model says on either side.
+        pairs: Prompt pairs.
+        steer: The steering.
+        split: Pairs to report on.
+        n_controls: Draws of each control, at least 20.
+        seed: Seed of the controls.
+        batch_size: Rows in one forward pass.
+
+    Returns:
+        Rates with 95 % Wilson intervals and n; controls as mean over draws with the interval that holds 95 % of them.
+
+    Raises:
+        PairsError: The split holds fewer than 8 pairs.
+        SettingsError: Fewer than 20 control draws.
+        SiteError: The model lacks the site.
+    """
+    if n_controls < 20:
+        raise SettingsError(
+            "evaluate_steering", expected="n_controls of at least 20", received=str(n_controls), fix="Raise it."
+        )
+    index = pairs.of(split)
+    judge = Judge.of(model, task, pairs, batch_size=batch_size)
+    rng = np.random.default_rng(seed)
+    controls = {name: _control_draws(steer, name, n_controls, rng) for name in CONTROLS}
+    rates = {
+        toward: _rates(model, judge, index, steer, controls, toward=toward, batch_size=batch_size)
+        for toward in ("generalization", "memorization")
+    }
+    return SteeringTable(
+        setting=steer.setting,
+        n_neurons_by_layer=tuple(int(n) for n in steer.selected.sum(1)),
+        to_generalization=rates["generalization"],
+        to_memorization=rates["memorization"],
+        side_effects=_side_effects(model, task, steer, batch_size=batch_size),
+    )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The pairs with their answers, and the classes of outputs.
+
+    Attributes:
+        pairs: Pairs whose items name both answers.
+        task: The task, or None.
+        max_new_tokens: Tokens that the longest answer needs.
+    """
+
+    pairs: PromptPairs
+    task: Any | None
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, model: LensModel, task: Any | None, pairs: PromptPairs, *, batch_size: int) -> "Judge":
+        """Fill in answers that a user's pairs do not name from what the unsteered model says."""
+        if task is not None:
+            return cls(pairs, task, task.max_answer_tokens)
+        answers = [a for item in pairs.memorized for a in (item.rule_answer, item.memorized_answer) if a is not None]
+        longest = max((len(model.tokenizer.encode(a, add_special_tokens=False)) + 1 for a in answers), default=0)
+        budget = longest if len(answers) == 2 * len(pairs) else max(longest, USER_MAX_NEW_TOKENS)
+
+        def said(items: Sequence[Item]) -> list[str]:
+            return complete(model, [i.prompt for i in items], max_new_tokens=budget, batch_size=batch_size)
+
+        def fill(items: Sequence[Item], rule: list[str], recall: list[str]) -> tuple[Item, ...]:
+            return tuple(
+                replace(item, rule_answer=item.rule_answer or r, memorized_answer=item.memorized_answer or m)
+                for item, r, m in zip(items, rule, recall, strict=True)
+            )
+
+        if len(answers) < 2 * len(pairs):
+            rule, recall = said(pairs.generalized), said(pairs.memorized)
+            pairs = replace(
+                pairs,
+                memorized=fill(pairs.memorized, rule, recall),
+                generalized=fill(pairs.generalized, rule, recall),
+            )
+        return cls(pairs, None, budget)
+
+    def behavior(self, item: Item, output: str) -> Behavior:
+        """The class of an output."""
+        return self.task.classify(item, output) if self.task is not None else item.classify(output)
+
+    def has_memorized_form(self, item: Item, output: str) -> bool:
+        """Whether an output has the form of a memorized answer; without a task, whether it is the item's own."""
+        if self.task is not None:
+            return self.task.is_memorized_form(output)
+        return output == item.memorized_answer
+
+    def side(self, toward: Direction, index: Int[np.ndarray, " index"]) -> list[Item]:
+        """The prompts to be steered towards a behaviour: those that show the other one."""
+        items = self.pairs.memorized if toward == "generalization" else self.pairs.generalized
+        return [items[i] for i in index]
+
+
+def _rates(
+    model: LensModel,
+    judge: Judge,
+    index: Int[np.ndarray, " index"],
+    steer: Steering,
+    controls: dict[str, list[Steering]],
+    *,
+    toward: Direction,
+    batch_size: int,
+) -> SteeringRates:
+    items = judge.side(toward, index)
+    aim = Behavior(toward)
+    stay = Behavior.MEMORIZATION if aim is Behavior.GENERALIZATION else Behavior.GENERALIZATION
+    outputs = steered_outputs(
+        model,
+        [item.prompt for item in items],
+        [steer, *(draw for draws in controls.values() for draw in draws)],
+        toward=toward,
+        max_new_tokens=judge.max_new_tokens,
+        pairs=index,
+        batch_size=batch_size,
+    )
+    behaviors = [[judge.behavior(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
+    forms = [[judge.has_memorized_form(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
+    table: dict[str, dict[str, Any]] = {}
+    first = 1
+    for name, draws in controls.items():
+        rows = range(first, first + len(draws))
+        first += len(draws)
+        if not draws:
+            table[name] = {"mean": None, "ci95": None, "why": "patched values have no sign to draw"}
+            continue
+        shares = [np.mean([b is aim for b in behaviors[row]]) for row in rows]
+        table[name] = mean_of_draws(shares) | {"memorized_form": mean_of_draws([np.mean(forms[row]) for row in rows])}
+    before = "memorized_answer" if toward == "generalization" else "rule_answer"
+    return SteeringRates(
+        toward=toward,
+        n=len(items),
+        shift=_plain(wilson([b is aim for b in behaviors[0]])),
+        memorized_form=_plain(wilson(forms[0])),
+        stayed=_plain(wilson([b is stay for b in behaviors[0]])),
+        other=_plain(wilson([b is Behavior.OTHER for b in behaviors[0]])),
+        controls=table,
+        examples=tuple(
+            {"prompt": item.prompt, "before": str(getattr(item, before)), "after": output, "behavior": str(behavior)}
+            for item, output, behavior in list(zip(items, outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]
+        ),
+    )
+
+
+def _control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) -> list[Steering]:
+    """Draws of one control: as many neurons in each layer, the same multiset of magnitudes."""
+    if name == "random_sign":
+        if steer.setting.mode == "patch":
+            return []
+        signs = rng.choice([-1.0, 1.0], size=(n, *steer.shift.shape))
+        return [steer.with_neurons(steer.selected, np.abs(steer.shift) * sign) for sign in signs]
+    draws = []
+    for _ in range(n):
+        selected, shift = np.zeros_like(steer.selected), np.zeros_like(steer.shift)
+        for layer, row in enumerate(steer.selected):
+            count = int(row.sum())
+            if name == "random_neurons":
+                chosen = rng.choice(len(row), size=count, replace=False)
+            else:
+                chosen = np.argsort(np.abs(steer.scores.rho[layer]), kind="stable")[:count]
+            selected[layer, chosen] = True
+            shift[layer, chosen] = rng.permutation(steer.shift[layer, row])
+        draws.append(steer.with_neurons(selected, shift))
+    # Patching has no magnitudes to permute: every draw of the least correlated neurons would be the same one.
+    return draws[:1] if name == "low_correlation" and steer.setting.mode == "patch" else draws
+
+
+def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_size: int) -> SideEffects:
+    """Accuracy and next-token distribution on held-out generic prompts, unsteered and steered."""
+    if task is None or steer.setting.mode == "patch":
+        why = "a user's pairs name no held-out prompts" if task is None else "held-out prompts have no pair to patch from"
+        return SideEffects(0, None, None, None, None, why)
+    items = task.items("heldout")
+    prompts = [item.prompt for item in items]
+
+    def accuracy(toward: Direction) -> Rate:
+        outputs = steered_outputs(
+            model, prompts, [steer], toward=toward, max_new_tokens=task.max_answer_tokens, batch_size=batch_size
+        )[0]
+        return wilson([task.classify(i, o) is Behavior.GENERALIZATION for i, o in zip(items, outputs, strict=True)])
+
+    unsteered = observe_items(model, task, items, batch_size=batch_size)
+    return SideEffects(
+        n=len(items),
+        heldout_generalization=wilson([o.behavior is Behavior.GENERALIZATION for o in unsteered]).rate,
+        heldout_generalization_steered=accuracy("generalization").rate,
+        heldout_generalization_steered_to_memorization=accuracy("memorization").rate,
+        kl_nats=float(np.mean(_kl(model, prompts, steer, batch_size=batch_size))),
+    )
+
+
+@torch.inference_mode()
+def _kl(
+    model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size: int
+) -> Float[np.ndarray, " prompt"]:
+    """KL(unsteered || steered towards generalization) of the next-token distribution, in nats, one a prompt."""
+    divergences = []
+    for _, tokens in by_length(model, prompts, batch_size=batch_size):
+        plain = model(tokens)[:, -1].double().log_softmax(-1)
+        with steer.applied(model, toward="generalization"):
+            changed = model(tokens)[:, -1].double().log_softmax(-1)
+        divergences.append((plain.exp() * (plain - changed)).sum(-1).cpu().numpy())
+    return np.concatenate(divergences)
+
+
+def _plain(rate: Rate) -> dict[str, Any]:
+    return {"rate": rate.rate, "ci95": list(rate.ci95), "k": rate.k, "n": rate.n}

@@ -1,0 +1,51 @@
+"""Collect the prompts on which behaviour flips when they are rephrased.
+
+Does not know activations.
+"""
+
+from typing import Any
+
+from memgen_lens.behavior import observe, observe_items
+from memgen_lens.core.records import PromptPairs, split_items
+from memgen_lens.core.types import Behavior, LensModel
+
+
+def collect_pairs(
+    model: LensModel,
+    task: Any,
+    *,
+    seed: int,
+    shares: tuple[float, float] = (0.4, 0.2),
+    batch_size: int = 2048,
+) -> PromptPairs:
+    """Pairs of a memorized prompt that the model recalls and a rephrasing of it that the model computes.
+
+    The paper's flips (arXiv 2412.18497, section 4): at most one pair per item and rephrasing. All memorized items are
+    asked; the splits are dealt by item.
+
+    Args:
+        model: A HookedTransformer.
+        task: A task (`memgen_lens.tasks`).
+        seed: Seed of the split.
+        shares: Shares of the flipping items in ``select`` and ``tune``; the rest is ``test``.
+        batch_size: Prompts in one forward pass.
+
+    Returns:
+        The pairs, with the number of items asked and flipped. There may be few or none: whoever needs a split
+        refuses it below 8 pairs.
+    """
+    asked = observe(model, task, split="memorized", batch_size=batch_size)
+    recalled = [outcome.item for outcome in asked if outcome.behavior is Behavior.MEMORIZATION]
+    candidates = [(item, rephrased) for item in recalled for rephrased in task.rephrase(item)]
+    answers = observe_items(model, task, [rephrased for _, rephrased in candidates], batch_size=batch_size)
+    flips = [
+        pair for pair, outcome in zip(candidates, answers, strict=True) if outcome.behavior is Behavior.GENERALIZATION
+    ]
+    keys = [item.key for item, _ in flips]
+    return PromptPairs(
+        memorized=tuple(item for item, _ in flips),
+        generalized=tuple(rephrased for _, rephrased in flips),
+        split=split_items(keys, shares=shares, seed=seed),
+        n_items=len(asked),
+        n_flipped=len(set(keys)),
+    )

@@ -1,0 +1,180 @@
+"""Predict the behaviour from activations: one scikit-learn probe a layer, beside its baselines.
+
+Does not know models; a classifier on recorded activations is all there is to a probe.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from memgen_lens.core.errors import PairsError
+from memgen_lens.core.records import Activations, ProbeReport, ProbeScores, SiteActivations
+from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy
+
+N_SHUFFLES = 20
+LEARNING_CURVE_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
+    """Fit a linear probe on each layer of a site and test it on pairs it has not seen.
+
+    ``StandardScaler`` + ``LogisticRegression``, fitted on the pairs of ``select`` and ``tune``, tested on ``test``; the
+    layer is chosen by cross-validation among the former, folds grouped by item (arXiv 2412.18497, sec. 6, trains one
+    classifier a layer and reports its accuracy alone). Beside each: the same probe
+
+    - on the prompt alone (``input_only``): counts of tokens and one-hots of the token at each position;
+    - on labels shuffled among the training prompts (``shuffled``), mean over 20 shuffles, at the chosen layer;
+    - on the embedding at the answer position (``embedding``); where all prompts end in the same token at the same
+      position it is constant, and its AUROC 0.5.
+
+    Args:
+        acts: Activations recorded by `record`.
+        site: One of their sites.
+        seed: Seed of shuffles, subsets and bootstrap.
+
+    Raises:
+        SiteError: The site was not recorded.
+        PairsError: A split holds fewer than 8 pairs, or all prompts are of one class.
+    """
+    recorded = acts.site(site)
+    train = np.concatenate([acts.pairs.of("select"), acts.pairs.of("tune")])
+    test = acts.pairs.of("test")
+    data = _Data.of(acts, train, test)
+    rng = np.random.default_rng(seed)
+
+    n_layers = recorded.memorized.shape[1]
+    layers = [_stack(recorded, layer) for layer in range(n_layers)]
+    cross_validated = tuple(_grouped_auroc(data, rows) for rows in layers)
+    best = int(np.argmax(cross_validated))
+    fitted = tuple(_fit(data, rows) for rows in layers)
+    prompt = _prompt_features(acts.tokens)
+    embedding = _stack(acts.embedding, 0)
+    return ProbeReport(
+        site=site,
+        by_layer=tuple(_test(data, probe, rows, seed) for probe, rows in zip(fitted, layers, strict=True)),
+        cv_auroc_by_layer=cross_validated,
+        best_layer=best,
+        input_only=_test(data, _fit(data, prompt), prompt, seed),
+        shuffled=_shuffled(data, layers[best], rng),
+        embedding=_test(data, _fit(data, embedding), embedding, seed),
+        learning_curve=_learning_curve(data, layers[best], rng),
+        n_train=len(train),
+        n_test=len(test),
+        probes=fitted,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Labels, items and the train and test rows; rows are all memorized prompts, then all generalized ones."""
+
+    labels: Bool[np.ndarray, " row"]
+    items: Int[np.ndarray, " row"]
+    train: Int[np.ndarray, " train"]
+    test: Int[np.ndarray, " test"]
+
+    @classmethod
+    def of(cls, acts: Activations, train: Int[np.ndarray, " a"], test: Int[np.ndarray, " b"]) -> "_Data":
+        n = len(acts.pairs)
+        labels = np.repeat([True, False], n)
+        items = np.tile(acts.pairs.item, 2)
+        return cls(labels, items, np.concatenate([train, train + n]), np.concatenate([test, test + n]))
+
+
+def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
+    """Refuse labels of one class only.
+
+    Raises:
+        PairsError: Saying which class is missing.
+    """
+    if labels.all() or not labels.any():
+        raise PairsError(
+            call,
+            expected="prompts of both behaviours",
+            received=f"{len(labels)} of {'memorization' if labels.all() else 'generalization'} only",
+            fix="Give prompts on which the model generalizes as well as prompts on which it memorizes.",
+        )
+
+
+def fit_probe(
+    features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"]
+) -> Pipeline:
+    """One probe on any features: ``StandardScaler`` + ``LogisticRegression``.
+
+    Args:
+        features: One row a prompt.
+        labels: True for memorization.
+
+    Raises:
+        PairsError: The labels are of one class only.
+    """
+    require_two_classes(labels, call="fit_probe")
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, labels)
+
+
+def _fit(data: _Data, rows: Float[np.ndarray, "row feature"], train: np.ndarray | None = None) -> Pipeline:
+    train = data.train if train is None else train
+    return fit_probe(rows[train], data.labels[train])
+
+
+def _test(data: _Data, probe: Pipeline, rows: np.ndarray, seed: int) -> ProbeScores:
+    decision, labels = probe.decision_function(rows[data.test]), data.labels[data.test]
+    intervals = bootstrap_auroc_and_accuracy(labels, decision, data.items[data.test], seed=seed)
+    return ProbeScores(
+        auroc=auroc(labels, decision),
+        auroc_ci95=intervals["auroc"],
+        accuracy=float(((decision > 0) == labels).mean()),
+        accuracy_ci95=intervals["accuracy"],
+    )
+
+
+def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:
+    """Out-of-fold AUROC on the training rows, all rows of an item in one fold."""
+    n_items = len(np.unique(data.items[data.train]))
+    decision = cross_val_predict(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+        rows[data.train],
+        data.labels[data.train],
+        groups=data.items[data.train],
+        cv=GroupKFold(min(5, n_items)),
+        method="decision_function",
+    )
+    return auroc(data.labels[data.train], decision)
+
+
+def _shuffled(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
+    """AUROC on the test rows of probes fitted on shuffled training labels."""
+    scores = []
+    for _ in range(N_SHUFFLES):
+        probe = fit_probe(rows[data.train], rng.permutation(data.labels[data.train]))
+        scores.append(auroc(data.labels[data.test], probe.decision_function(rows[data.test])))
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return {"auroc": float(np.mean(scores)), "low": float(low), "high": float(high), "n_shuffles": N_SHUFFLES}
+
+
+def _learning_curve(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, float], ...]:
+    """Test AUROC of the probe fitted on growing, nested sets of whole items."""
+    items = rng.permutation(np.unique(data.items[data.train]))
+    curve = []
+    for share in LEARNING_CURVE_SHARES:
+        chosen = items[: max(4, round(share * len(items)))]
+        train = data.train[np.isin(data.items[data.train], chosen)]
+        decision = _fit(data, rows, train).decision_function(rows[data.test])
+        curve.append({"n_pairs": len(train) / 2, "auroc": auroc(data.labels[data.test], decision)})
+    return tuple(curve)
+
+
+def _stack(site: SiteActivations, layer: int) -> Float[np.ndarray, "row neuron"]:
+    return np.concatenate([site.memorized[:, layer], site.generalized[:, layer]])
+
+
+def _prompt_features(tokens: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row feature"]:
+    """Counts of each token and one-hots of the token at each position; padding (-1) is a token of its own."""
+    vocabulary, ids = np.unique(tokens, return_inverse=True)
+    onehot = np.eye(len(vocabulary))[ids.reshape(tokens.shape)]  # [row, pos, token]
+    return np.concatenate([onehot.sum(1), onehot.reshape(len(tokens), -1)], axis=1)

@@ -1,0 +1,318 @@
+"""Steer a model at inference time through hooks: shift neurons, or patch them with the paired prompt's values.
+
+Does not choose its settings (see `sweep`) nor judge what it does (see `evaluation`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memgen_lens.analysis.activations import site_hooks
+from memgen_lens.behavior import by_length, decode, greedy_tokens
+from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
+from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
+from memgen_lens.core.types import Direction, LensModel, Positions
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which neurons of one site are changed, and to what.
+
+    Two modes. ``"shift"`` (arXiv 2412.18497 v2, sec. 5): ``h_i <- h_i + s * alpha * sign(rho_i) * abs(nmd_i)`` with
+    ``s = +1`` towards memorization and ``-1`` towards generalization. ``"patch"``: the neurons take the values they have
+    at the answer position of the paired prompt (activation patching restricted to neurons).
+
+    Attributes:
+        setting: What was asked for.
+        scores: The scores the neurons were chosen by.
+        selected: The neurons that are changed.
+        shift: What is added towards memorization; 0 elsewhere, and everywhere in patch mode.
+        source: In patch mode, the site's activations to patch from.
+    """
+
+    setting: SteeringSetting
+    scores: NeuronScores
+    selected: Bool[np.ndarray, "layer neuron"]
+    shift: Float[np.ndarray, "layer neuron"]
+    source: SiteActivations | None = None
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: NeuronScores,
+        top_fraction: float = 0.1,
+        alpha: float = 2.0,
+        *,
+        mode: Literal["shift", "patch"] = "shift",
+        source: Activations | None = None,
+        layers: Sequence[int] | None = None,
+        positions: Positions | None = None,
+    ) -> Self:
+        """Steer the neurons with the largest abs(rho).
+
+        Args:
+            scores: Scores of one site.
+            top_fraction: Share of the site's neurons, over all its layers, in (0, 1].
+            alpha: Multiple of abs(nmd), above 0; not used in patch mode.
+            mode: ``"shift"`` or ``"patch"``.
+            source: Recorded activations to patch from; patch mode needs them.
+            layers: Steer in these layers only; the neurons are still ranked over all.
+            positions: ``"answer"`` (default): the answer position and every generated one. ``"prompt"``: the answer
+                position alone (all that can be patched, as only there activations are recorded). ``"all"``: everywhere.
+
+        Raises:
+            SettingsError: A value is out of range, or the mode and the other arguments are at odds.
+            SiteError: ``source`` lacks the scores' site.
+        """
+        call = "Steering.from_scores"
+        if not 0 < top_fraction <= 1:
+            raise _out_of_range(call, "top_fraction", "a share in (0, 1]", top_fraction)
+        if not 0 < alpha < float("inf"):
+            raise _out_of_range(call, "alpha", "a finite multiple above 0", alpha)
+        n_layers = scores.rho.shape[0]
+        if layers is not None and not all(0 <= layer < n_layers for layer in layers):
+            raise _out_of_range(call, "layers", f"layers of the scores, 0 to {n_layers - 1}", list(layers))
+        if mode == "patch" and (source is None or positions not in (None, "prompt")):
+            raise SettingsError(
+                call,
+                expected="source=record(...) and positions='prompt' with mode='patch'",
+                received=f"source={'None' if source is None else '...'}, positions={positions!r}",
+                fix="Activations are recorded at the answer position alone, so only there can they be patched.",
+            )
+        strength = np.abs(scores.rho).ravel()
+        count = max(1, round(top_fraction * strength.size))
+        selected = np.zeros(strength.size, dtype=bool)
+        selected[np.argsort(-strength, kind="stable")[:count]] = True
+        selected = selected.reshape(scores.rho.shape)
+        if layers is not None:
+            selected &= np.isin(np.arange(n_layers), list(layers))[:, None]
+        shift = alpha * np.sign(scores.rho) * np.abs(scores.nmd) * selected
+        patching = mode == "patch"
+        return cls(
+            setting=SteeringSetting(
+                scores.site,
+                top_fraction,
+                None if patching else alpha,
+                "prompt" if patching else positions or "answer",
+                mode,
+            ),
+            scores=scores,
+            selected=selected,
+            shift=np.zeros_like(shift) if patching else shift,
+            source=source.site(scores.site) if source is not None and patching else None,
+        )
+
+    @contextmanager
+    def applied(
+        self,
+        model: LensModel,
+        *,
+        toward: Direction,
+        pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
+        prompt_length: int | None = None,
+    ) -> Iterator[LensModel]:
+        """Steer every forward pass inside the ``with`` block; plain hooks, gone at its end, also after an exception.
+
+        Args:
+            model: A HookedTransformer; call it, or its ``generate``, as ever.
+            toward: The behaviour to push towards.
+            pairs: In patch mode, the source pair of each row of the batch; default: pair p for row p.
+            prompt_length: Tokens of the prompt. Needed where the whole sequence is run again at every step
+                (``use_past_kv_cache=False``) or answers are fed in: positions from ``prompt_length - 1`` on are then
+                steered. Default: a forward pass of more than one token is a prompt, of one token a cached step.
+
+        Yields:
+            The model, steered.
+
+        Raises:
+            SiteError: The model lacks the site, or has another shape there than the scores.
+            SettingsError: ``toward`` is not a behaviour to steer towards.
+        """
+        with steered(model, [self], toward=toward, pairs=pairs, prompt_length=prompt_length):
+            yield model
+
+    def with_neurons(
+        self, selected: Bool[np.ndarray, "layer neuron"], shift: Float[np.ndarray, "layer neuron"]
+    ) -> "Steering":
+        """The same setting on other neurons, for controls."""
+        return replace(self, selected=selected, shift=shift)
+
+
+@contextmanager
+def steered(
+    model: LensModel,
+    steerings: Sequence[Steering],
+    *,
+    toward: Direction,
+    pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
+    prompt_length: int | None = None,
+) -> Iterator[None]:
+    """Several steerings of one site and mode at once, riding in the batch dimension.
+
+    Args:
+        model: A HookedTransformer.
+        steerings: One for every row, or one for each of as many equal blocks of rows, block after block.
+        toward: See `Steering.applied`.
+        pairs: See `Steering.applied`; of the rows of one block.
+        prompt_length: See `Steering.applied`.
+
+    Raises:
+        SiteError: The model lacks the site, or has another shape there than the scores.
+        SettingsError: ``toward`` is not a behaviour to steer towards.
+    """
+    if toward not in ("generalization", "memorization"):
+        raise SettingsError(
+            "steering", expected="toward='generalization' or 'memorization'", received=repr(toward), fix="Choose one."
+        )
+    first = steerings[0]
+    hooks = site_hooks(model, first.setting.site)
+    if len(hooks) != len(first.selected):
+        raise _wrong_shape(first.setting.site, f"{len(first.selected)} layers", f"{len(hooks)}")
+    device = next(iter(model.parameters())).device  # type: ignore[attr-defined]
+    sign = 1.0 if toward == "memorization" else -1.0
+    changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
+
+    def hook_of(layer: int) -> Callable[..., Tensor]:
+        change: Callable[[Tensor], Tensor]
+        if first.source is None:
+            shifts = np.stack([sign * s.shift[layer] for s in steerings])
+            change = _shift(torch.as_tensor(shifts, dtype=torch.float32, device=device))
+        else:
+            side = first.source.generalized if toward == "generalization" else first.source.memorized
+            rows = side[np.arange(len(side)) if pairs is None else np.asarray(pairs), layer]
+            masks = np.stack([s.selected[layer] for s in steerings])
+            change = _patch(torch.as_tensor(rows, device=device), torch.as_tensor(masks, device=device))
+
+        def steer(activation: Tensor, hook: Any) -> Tensor:
+            where = _positions(first.setting.positions, activation.shape[1], prompt_length)
+            if where is None:
+                return activation
+            part = activation[:, where]
+            flat = part.flatten(2)  # heads into the neuron axis
+            if flat.shape[2] != first.selected.shape[1]:
+                raise _wrong_shape(first.setting.site, f"{first.selected.shape[1]} neurons", f"{flat.shape[2]}")
+            new = activation.clone()
+            new[:, where] = change(flat).to(part.dtype).view_as(part)
+            return new
+
+        return steer
+
+    with model.hooks(fwd_hooks=[(hooks[layer], hook_of(layer)) for layer in changed]):
+        yield
+
+
+def steered_outputs(
+    model: LensModel,
+    prompts: Sequence[str],
+    steerings: Sequence[Steering],
+    *,
+    toward: Direction,
+    max_new_tokens: int,
+    pairs: Int[np.ndarray, " prompt"] | None = None,
+    batch_size: int = 2048,
+    use_cache: bool = True,
+) -> list[list[str]]:
+    """Greedy completions of the same prompts under each of several steerings.
+
+    Steerings of one site, mode and positions share a forward pass: they ride in the batch dimension.
+
+    Args:
+        model: A HookedTransformer.
+        prompts: Prompts, the same for all steerings.
+        steerings: Any number, of any sites.
+        toward: The behaviour to push towards.
+        max_new_tokens: Tokens generated at most.
+        pairs: In patch mode, the source pair of each prompt.
+        batch_size: Rows (steerings x prompts) in one forward pass.
+        use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
+
+    Returns:
+        For each steering, one output a prompt.
+    """
+    outputs = [[""] * len(prompts) for _ in steerings]
+    kinds: dict[tuple[str, str, Positions], list[int]] = {}
+    for i, steering in enumerate(steerings):
+        setting = steering.setting
+        kinds.setdefault((setting.site, setting.mode, setting.positions), []).append(i)
+    for index, tokens in by_length(model, prompts, batch_size=batch_size):
+        at_once = max(1, batch_size // len(index))
+        for members in kinds.values():
+            for start in range(0, len(members), at_once):
+                block = members[start : start + at_once]
+                with steered(
+                    model,
+                    [steerings[i] for i in block],
+                    toward=toward,
+                    pairs=None if pairs is None else pairs[index],
+                    prompt_length=tokens.shape[1],
+                ):
+                    new = greedy_tokens(
+                        model, tokens.repeat(len(block), 1), max_new_tokens=max_new_tokens, use_cache=use_cache
+                    )
+                texts = iter(decode(model, new))
+                for i in block:
+                    for prompt in index:
+                        outputs[i][prompt] = next(texts)
+    return outputs
+
+
+def _positions(positions: Positions, length: int, prompt_length: int | None) -> slice | None:
+    """Which positions of a forward pass of ``length`` tokens are steered; None = none of them."""
+    if positions == "all":
+        return slice(None)
+    is_cached_step = length == 1 if prompt_length is None else length < prompt_length
+    if is_cached_step:
+        return None if positions == "prompt" else slice(None)
+    answer = (prompt_length or length) - 1
+    return slice(answer, answer + 1) if positions == "prompt" else slice(answer, None)
+
+
+def _shift(shifts: Float[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor]:
+    def change(h: Tensor) -> Tensor:  # [row, pos, neuron], rows in as many blocks as there are settings
+        return (_blocks(h, len(shifts)) + shifts[:, None, None]).flatten(0, 1)
+
+    return change
+
+
+def _patch(
+    rows: Float[Tensor, "pair neuron"], masks: Bool[Tensor, "setting neuron"]
+) -> Callable[[Tensor], Tensor]:
+    def change(h: Tensor) -> Tensor:
+        blocks = _blocks(h, len(masks))  # [setting, pair, pos, neuron]
+        if blocks.shape[1] != len(rows):
+            raise PairsError(
+                "Steering.applied(mode='patch')",
+                expected=f"a batch of {len(rows)} prompts, one for each source pair",
+                received=f"{blocks.shape[1]}",
+                fix="Name the source pair of each prompt: applied(model, toward=..., pairs=[...]).",
+            )
+        return torch.where(masks[:, None, None], rows[None, :, None].to(h.dtype), blocks).flatten(0, 1)
+
+    return change
+
+
+def _blocks(h: Float[Tensor, "row pos neuron"], n: int) -> Float[Tensor, "setting block pos neuron"]:
+    if len(h) % n:
+        raise ModelError(
+            "steering", expected=f"a batch in {n} equal blocks", received=f"{len(h)} rows", fix="Repeat the prompts."
+        )
+    return h.unflatten(0, (n, -1))
+
+
+def _out_of_range(call: str, name: str, expected: str, received: Any) -> SettingsError:
+    return SettingsError(call, expected=f"{name}: {expected}", received=repr(received), fix=f"Change {name}.")
+
+
+def _wrong_shape(site: str, expected: str, received: str) -> SiteError:
+    return SiteError(
+        f"steering site {site!r}",
+        expected=f"a model with {expected} there, as in the scores",
+        received=received,
+        fix="Score this very model: attribute(record(model, ...), site).",
+    )

@@ -1,0 +1,138 @@
+"""Try many steering settings on the tune pairs, and choose one.
+
+Does not touch the test pairs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from memgen_lens.analysis.evaluation import Judge
+from memgen_lens.analysis.steering import Steering, steered_outputs
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.records import Activations, NeuronScores, PairSplit, PromptPairs, SweepRow
+from memgen_lens.core.types import Behavior, Direction, LensModel, Positions
+
+
+def sweep_steering(
+    model: LensModel,
+    task: Any | None,
+    pairs: PromptPairs,
+    scores: NeuronScores | Sequence[NeuronScores],
+    *,
+    top_fractions: Sequence[float],
+    alphas: Sequence[float] = (2.0,),
+    layers: Sequence[Sequence[int] | None] = (None,),
+    positions: Sequence[Positions] = ("answer",),
+    mode: Literal["shift", "patch"] = "shift",
+    source: Activations | None = None,
+    split: PairSplit = "tune",
+    batch_size: int = 2048,
+    use_cache: bool = True,
+) -> tuple[SweepRow, ...]:
+    """Rates of every combination of site, fraction, alpha, layers and positions, both ways.
+
+    Many settings share one forward pass, riding in the batch dimension; the numbers are those of one setting at a time.
+
+    Args:
+        model: A HookedTransformer.
+        task: The task that judges outputs; None for a user's own pairs.
+        pairs: Prompt pairs.
+        scores: Scores of one site or of several.
+        top_fractions: Fractions of a site's neurons, each in (0, 1].
+        alphas: Multiples of abs(nmd), each above 0; not used in patch mode.
+        layers: Layer restrictions to try; None = all layers.
+        positions: Positions to try; patch mode has ``"prompt"`` only.
+        mode: ``"shift"`` or ``"patch"``.
+        source: Recorded activations; patch mode needs them.
+        split: Pairs to sweep on.
+        batch_size: Rows in one forward pass.
+        use_cache: Keep keys and values while generating.
+
+    Returns:
+        One row a setting, in the order of scores, positions, layers, fractions, alphas.
+
+    Raises:
+        PairsError: The split holds fewer than 8 pairs.
+        SettingsError: A value is out of range, or a list is empty.
+    """
+    sites = [scores] if isinstance(scores, NeuronScores) else list(scores)
+    if mode == "patch":
+        alphas, positions = (1.0,), ("prompt",)
+    if not (sites and top_fractions and alphas and layers and positions):
+        raise SettingsError(
+            "sweep_steering", expected="at least one value of each", received="an empty list", fix="Name one."
+        )
+    combinations = [
+        (
+            Steering.from_scores(
+                score, fraction, alpha, mode=mode, source=source, layers=chosen, positions=position
+            ),
+            None if chosen is None else tuple(chosen),
+        )
+        for score in sites
+        for position in positions
+        for chosen in layers
+        for fraction in top_fractions
+        for alpha in alphas
+    ]
+    index = pairs.of(split)
+    judge = Judge.of(model, task, pairs, batch_size=batch_size)
+
+    def outcomes(toward: Direction) -> tuple[np.ndarray, np.ndarray]:
+        """Behaviours and memorized forms, ``[setting, prompt]``."""
+        items = judge.side(toward, index)
+        outputs = steered_outputs(
+            model,
+            [item.prompt for item in items],
+            [steering for steering, _ in combinations],
+            toward=toward,
+            max_new_tokens=judge.max_new_tokens,
+            pairs=index,
+            batch_size=batch_size,
+            use_cache=use_cache,
+        )
+        rows = [list(zip(items, row, strict=True)) for row in outputs]
+        return (
+            np.array([[judge.behavior(i, o) for i, o in row] for row in rows], dtype=object),
+            np.array([[judge.has_memorized_form(i, o) for i, o in row] for row in rows]),
+        )
+
+    computed, _ = outcomes("generalization")
+    recalled, forms = outcomes("memorization")
+    return tuple(
+        SweepRow(
+            setting=steering.setting,
+            layers=chosen,
+            n=len(index),
+            to_generalization=float(np.mean(computed[i] == Behavior.GENERALIZATION)),
+            to_generalization_other=float(np.mean(computed[i] == Behavior.OTHER)),
+            to_memorization=float(np.mean(recalled[i] == Behavior.MEMORIZATION)),
+            memorized_form=float(np.mean(forms[i])),
+            to_memorization_other=float(np.mean((recalled[i] == Behavior.OTHER) & ~forms[i])),
+        )
+        for i, (steering, chosen) in enumerate(combinations)
+    )
+
+
+def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
+    """The row with the largest shift rate minus the rate of other outputs, summed over both directions.
+
+    Towards memorization, an output in memorized form counts as shifted: where the memorized answers are random
+    strings, one shift shared by all prompts cannot carry which string is whose, and exact recall would choose nothing.
+    (Where the answers have no form of their own, form and exact recall are the same thing to `SweepRow`.) Among equals
+    the gentlest is chosen: the smallest fraction times alpha.
+
+    Raises:
+        SettingsError: There are no rows.
+    """
+    if not rows:
+        raise SettingsError("choose_setting", expected="at least one row", received="none", fix="Sweep first.")
+
+    def gain(row: SweepRow) -> float:
+        towards_computing = row.to_generalization - row.to_generalization_other
+        towards_recall = row.memorized_form - row.to_memorization_other
+        return round(towards_computing + towards_recall, 9)
+
+    return max(rows, key=lambda row: (gain(row), -row.setting.top_fraction * (row.setting.alpha or 1.0)))

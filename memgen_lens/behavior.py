@@ -1,0 +1,193 @@
+"""Complete prompts greedily and classify the outputs: all that training and analysis share.
+
+Works on any HookedTransformer (and on whatever else meets the `LensModel` protocol), through its own forward, so that
+every hook fires. Does not know what the outputs are used for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
+
+from memgen_lens.core.errors import ModelError
+from memgen_lens.core.records import Item, Outcome
+from memgen_lens.core.types import LensModel, Split
+
+
+def observe(
+    model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048
+) -> list[Outcome]:
+    """What a model answers to every prompt of a task's split.
+
+    Args:
+        model: A HookedTransformer with a tokenizer that covers the task's texts.
+        task: A task (`memgen_lens.tasks`).
+        split: ``"memorized"``, ``"rephrased"``, ``"heldout"`` or ``"validation"``.
+        batch_size: Prompts in one forward pass.
+
+    Returns:
+        One outcome a prompt, in the order of ``task.items(split)``.
+
+    Raises:
+        TaskError: The task has no such split.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+    """
+    return observe_items(model, task, task.items(split), batch_size=batch_size)
+
+
+def observe_items(
+    model: LensModel, task: Any, items: Sequence[Item], *, batch_size: int = 2048
+) -> list[Outcome]:
+    """What a model answers to the prompts of some items; see `observe`."""
+    outputs = complete(
+        model, [item.prompt for item in items], max_new_tokens=task.max_answer_tokens, batch_size=batch_size
+    )
+    return [
+        Outcome(item, output, task.classify(item, output), task.is_memorized_form(output))
+        for item, output in zip(items, outputs, strict=True)
+    ]
+
+
+def complete(
+    model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 2048
+) -> list[str]:
+    """Greedy completions of prompts, without the prompt and the end-of-text token.
+
+    Prompts are grouped by their length in tokens rather than padded, so that a batch gives each prompt what it would
+    get alone.
+
+    Args:
+        model: A HookedTransformer with a tokenizer.
+        prompts: Any number of prompts.
+        max_new_tokens: Tokens generated at most, the end-of-text token counted.
+        batch_size: Prompts in one forward pass.
+
+    Raises:
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+    """
+    outputs = [""] * len(prompts)
+    for index, tokens in by_length(model, prompts, batch_size=batch_size):
+        new = greedy_tokens(model, tokens, max_new_tokens=max_new_tokens)
+        for i, text in zip(index, decode(model, new), strict=True):
+            outputs[i] = text
+    return outputs
+
+
+def by_length(
+    model: LensModel, prompts: Sequence[str], *, batch_size: int
+) -> list[tuple[list[int], Int[Tensor, "batch pos"]]]:
+    """Tokenize prompts and batch them with others of the same length.
+
+    Returns:
+        For each batch the indices of its prompts and their tokens ``[batch, pos]``, nothing padded.
+
+    Raises:
+        ModelError: The model has no tokenizer, the tokenizer lacks a character, a prompt is empty or longer than the
+            context, or model and tokens are on different devices.
+    """
+    if not prompts:
+        return []
+    tokens, lengths = _tokenize(model, prompts)
+    batches = []
+    for length in torch.unique(lengths).tolist():
+        for index in (lengths == length).nonzero().flatten().split(batch_size):
+            batches.append((index.tolist(), tokens[index.to(tokens.device), :length]))
+    return batches
+
+
+@torch.inference_mode()
+def greedy_tokens(
+    model: LensModel, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, use_cache: bool = True
+) -> Int[Tensor, "batch new"]:
+    """Greedy continuations of prompts of one length, until all have ended or ``max_new_tokens`` are made.
+
+    Args:
+        model: Model with a tokenizer that has an end-of-text token.
+        tokens: Prompts.
+        max_new_tokens: Tokens generated at most.
+        use_cache: Keep keys and values (a HookedTransformer only; others run the whole sequence every time).
+
+    Returns:
+        New tokens; after a sequence's end, end-of-text tokens.
+    """
+    eos = model.tokenizer.eos_token_id
+    cache = None
+    if use_cache and isinstance(model, HookedTransformer):
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    sequence, inputs = tokens, tokens
+    for _ in range(max_new_tokens):
+        # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
+        extra = {"attention_mask": torch.ones_like(inputs)}
+        extra |= {"past_kv_cache": cache} if cache is not None else {}
+        new = model(inputs, **extra)[:, -1].argmax(-1).masked_fill(ended, eos)
+        ended |= new == eos
+        sequence = torch.cat([sequence, new[:, None]], dim=1)
+        inputs = new[:, None] if cache is not None else sequence
+        if bool(ended.all()):
+            break
+    return sequence[:, tokens.shape[1] :]
+
+
+def decode(model: LensModel, tokens: Int[Tensor, "batch new"]) -> list[str]:
+    """Generated tokens as text, up to the first end-of-text token."""
+    eos = model.tokenizer.eos_token_id
+    rows = [row[: row.index(eos)] if eos in row else row for row in tokens.tolist()]
+    return model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+
+
+def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens, right-padded, and the length of each prompt."""
+    call = "tokenizing prompts"
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ModelError(
+            call,
+            expected="a model whose tokenizer has an end-of-text token",
+            received="no tokenizer" if tokenizer is None else "a tokenizer without eos_token",
+            fix="Pass one when the model is made: HookedTransformer(cfg, tokenizer=tokenizer).",
+        )
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    has_unknown = unknown is not None and unknown != tokenizer.eos_token_id
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids or (has_unknown and unknown in ids):
+            lacking = [c for c in dict.fromkeys(prompt) if unknown in tokenizer.encode(c, add_special_tokens=False)]
+            raise ModelError(
+                call,
+                expected="non-empty prompts over the tokenizer's vocabulary",
+                received=repr(prompt) + (f", in which {', '.join(map(repr, lacking))} has no token" if lacking else ""),
+                fix="Use the tokenizer of the task that the model was trained on, or change the prompt.",
+            )
+    tokens = model.to_tokens(list(prompts), padding_side="right", truncate=False)
+    # to_tokens may add a begin-of-text token; the shortest row tells, as padding is all that differs otherwise.
+    extra = tokens.shape[1] - max(map(len, encoded))
+    lengths = torch.tensor([len(ids) + extra for ids in encoded])
+    if int(lengths.max()) > model.cfg.n_ctx:
+        raise ModelError(
+            call,
+            expected=f"prompts of at most {model.cfg.n_ctx} tokens, the model's context",
+            received=f"{int(lengths.max())} tokens: {prompts[int(lengths.argmax())]!r}"[:160],
+            fix="Shorten the prompt.",
+        )
+    require_same_device(model, tokens)
+    return tokens, lengths
+
+
+def require_same_device(model: LensModel, tokens: Tensor) -> None:
+    """Refuse tokens on another device than the model's weights.
+
+    Raises:
+        ModelError: Saying where each is.
+    """
+    weights = next(iter(model.parameters()), tokens)  # type: ignore[attr-defined]
+    if weights.device.type != tokens.device.type:
+        raise ModelError(
+            "running the model",
+            expected="model and tokens on one device",
+            received=f"weights on {weights.device}, tokens on {tokens.device}",
+            fix="Move the model with model.to(device), which also tells model.cfg.device.",
+        )

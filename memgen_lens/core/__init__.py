@@ -1,0 +1,1 @@
+"""The ground everything stands on: errors, vocabulary, settings, records and statistics. No torch."""

@@ -1,0 +1,204 @@
+"""Frozen, strict settings: one class a stage, a docstring with units under each field.
+
+Does not know the tasks (a task is its own settings, see `memgen_lens.tasks`) nor how flags are made of
+settings (see `memgen_lens.cli`).
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memgen_lens.core.errors import MemgenError, SettingsError, suggest
+from memgen_lens.core.types import Positions
+
+
+class _Checked(type(BaseModel)):
+    """Turns pydantic's report on a bad call into one clear error, where the call is made."""
+
+    if not TYPE_CHECKING:  # so that type checkers see the fields of each class, as pydantic declares them
+
+        def __call__(cls, *args: Any, **settings: Any) -> Any:
+            try:
+                return super().__call__(*args, **settings)
+            except ValidationError as error:
+                raise settings_error(cls, error) from None
+
+
+class Settings(BaseModel, metaclass=_Checked):
+    """A frozen set of named settings; an unknown name, a wrong type or a bad value raises `SettingsError`."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The settings written by ``model_dump_json()``.
+
+        Raises:
+            SettingsError: The text is not JSON, or holds an unknown setting or a bad value.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise settings_error(cls, error) from None
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked like a new one."""
+        return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | changes))
+
+
+def settings_error(cls: type[BaseModel], error: ValidationError) -> SettingsError:
+    """Pydantic's first complaint as one sentence of ours."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    if first["type"] == "extra_forbidden":
+        return SettingsError(
+            cls.__name__,
+            expected="a known setting",
+            received=f"{name}={first['input']!r}",
+            fix=suggest(str(first["loc"][-1]), _settings_around(cls, first["loc"])),
+        )
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, MemgenError):
+        return SettingsError(cause.call, expected=cause.expected, received=cause.received, fix=cause.fix)
+    received = "nothing" if first["type"] == "missing" else repr(first["input"])
+    return SettingsError(
+        f"{cls.__name__}.{name}",
+        expected=first["msg"].removeprefix("Value error, ").removeprefix("Input should be "),
+        received=received if len(received) < 120 else received[:117] + "...",
+        fix=f"Change {name}.",
+    )
+
+
+def _settings_around(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings beside an unknown one, following ``loc`` into nested settings."""
+    fields: Mapping[str, Any] = cls.model_fields
+    for part in loc[:-1]:
+        annotation = fields[str(part)].annotation if part in fields else None
+        fields = getattr(annotation, "model_fields", fields)
+    return list(fields)
+
+
+class ModelConfig(Settings):
+    """The shape of a HookedTransformer that is trained from scratch."""
+
+    n_layers: int = Field(2, ge=1)
+    """Transformer blocks."""
+    d_model: int = Field(128, ge=4)
+    """Width of the residual stream."""
+    n_heads: int = Field(4, ge=1)
+    """Attention heads a block; must divide d_model."""
+    d_mlp: int = Field(512, ge=4)
+    """Width of the MLP hidden layer."""
+    act_fn: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
+    """MLP activation function."""
+    normalization_type: Literal["LN", "RMS"] = "LN"
+    """Layer norm or root-mean-square norm, each with learned weights."""
+    positional_embedding_type: Literal["standard", "rotary"] = "standard"
+    """Learned absolute positions, or rotary ones."""
+    gated_mlp: bool = False
+    """Gate the MLP's hidden layer (SwiGLU with act_fn="silu")."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise SettingsError(
+                "ModelConfig",
+                expected="n_heads that divides d_model",
+                received=f"n_heads={self.n_heads}, d_model={self.d_model}",
+                fix="Change either.",
+            )
+        if self.positional_embedding_type == "rotary" and self.d_model // self.n_heads % 2:
+            raise SettingsError(
+                "ModelConfig",
+                expected="an even d_model / n_heads for rotary positions",
+                received=f"n_heads={self.n_heads}, d_model={self.d_model}",
+                fix="Change either, or use standard positions.",
+            )
+        return self
+
+
+class TrainConfig(Settings):
+    """How a model is trained until it both recalls and computes."""
+
+    model: ModelConfig = ModelConfig()
+    """Shape of the model."""
+    max_steps: int = Field(1500, ge=1)
+    """Optimizer steps at most; the learning rate decays to zero over them."""
+    batch_size: int = Field(256, ge=2)
+    """Sequences a step."""
+    memorized_share: float = Field(0.3, gt=0, lt=1)
+    """Share of memorized items in each batch."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warm-up to the peak."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay of AdamW."""
+    beta2: float = Field(0.98, gt=0, lt=1)
+    """Second-moment decay of AdamW (the first is 0.9)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    loss: Literal["answer", "sequence"] = "answer"
+    """Cross-entropy on the answer's tokens alone, or on the whole sequence (the paper's)."""
+    target_generalization: float = Field(0.97, ge=0, le=1)
+    """Training may stop once this share of validation prompts is answered by the rule ..."""
+    target_memorization: float = Field(0.99, ge=0, le=1)
+    """... and this share of memorized prompts is recalled exactly (the paper's rule: keep the model once it shows both)."""
+    eval_every: int = Field(100, ge=1)
+    """Steps between two measurements of both behaviours."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between two checkpoints (written only where the run has a directory)."""
+    precision: Literal["float32", "auto"] = "auto"
+    """"auto": bf16 autocast where the processor multiplies bf16 natively, else float32. Parameters and optimizer are float32 always."""
+    device: str = "cpu"
+    """Torch device to train on, e.g. "cpu" or "cuda"."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights and of every batch."""
+
+
+class AnalysisConfig(Settings):
+    """What is recorded, scored, probed and steered, and how steering is chosen."""
+
+    sites: tuple[str, ...] = Field(("resid_post", "post"), min_length=1)
+    """TransformerLens short names of the hook points to score; steering chooses among them."""
+    probe_site: str = "resid_post"
+    """Hook point the probes read; recorded even if it is not among the sites."""
+    select_share: float = Field(0.4, gt=0, lt=1)
+    """Share of items that rank neurons and fit probes."""
+    tune_share: float = Field(0.2, gt=0, lt=1)
+    """Share of items that choose site, fraction and alpha; the rest is the test."""
+    n_permutations: int = Field(1000, ge=1000)
+    """Sign flips of the paired permutation test."""
+    top_fractions: tuple[float, ...] = Field((0.05, 0.1, 0.2, 0.3, 0.5), min_length=1)
+    """Fractions of a site's neurons to try, each in (0, 1]."""
+    alphas: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), min_length=1)
+    """Multiples of abs(NMD) to try, each above 0."""
+    positions: tuple[Positions, ...] = Field(("answer", "prompt"), min_length=1)
+    """Where to try the shift: from the answer position on, at it alone, or at every position."""
+    n_controls: int = Field(20, ge=20)
+    """Draws of each steering control."""
+    batch_size: int = Field(2048, ge=1)
+    """Prompts in one forward pass of the analysis."""
+
+    @model_validator(mode="after")
+    def _shares_leave_a_test(self) -> Self:
+        if self.select_share + self.tune_share >= 1:
+            raise SettingsError(
+                "AnalysisConfig",
+                expected="select_share + tune_share below 1, so that items are left to test on",
+                received=f"{self.select_share} + {self.tune_share}",
+                fix="Lower either; the paper-like choice is 0.4 and 0.2.",
+            )
+        for name, low, high in (("top_fractions", 0, 1), ("alphas", 0, float("inf"))):
+            for value in getattr(self, name):
+                if not low < value <= high:
+                    raise SettingsError(
+                        f"AnalysisConfig.{name}",
+                        expected=f"values in ({low}, {high}]",
+                        received=repr(value),
+                        fix=f"Change {name}.",
+                    )
+        return self

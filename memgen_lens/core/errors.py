@@ -1,0 +1,59 @@
+"""The errors a user can cause, each saying the call, what was expected, what came, and the way out.
+
+Does not cover our own invariants: those are plain ``assert``.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemgenError(ValueError):
+    """Base of every error that a user of memgen_lens can cause and mend.
+
+    Args:
+        call: The call or place that refused, e.g. ``"record(sites=...)"``.
+        expected: What would have been accepted.
+        received: What came instead.
+        fix: What to change.
+    """
+
+    def __init__(self, call: str, *, expected: str, received: str, fix: str) -> None:
+        self.call, self.expected, self.received, self.fix = call, expected, received, fix
+        super().__init__(f"{call}: expected {expected}; received {received}. {fix}")
+
+
+class SettingsError(MemgenError):
+    """A setting is unknown, out of range, or at odds with another."""
+
+
+class TaskError(MemgenError):
+    """A designed task cannot be made, or a text is not one of its own."""
+
+
+class ModelError(MemgenError):
+    """A model lacks what the call needs: a device, a tokenizer, a character, a finite loss."""
+
+
+class SiteError(MemgenError):
+    """A hook point is unknown, or the model does not have it."""
+
+
+class PairsError(MemgenError):
+    """Prompt pairs are empty, ragged, too few, or of one class only."""
+
+
+class RunDirectoryError(MemgenError):
+    """A run directory holds something already, is damaged, or cannot be written."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A sentence naming the known names nearest to ``name``, or all of them where none is near.
+
+    >>> suggest("resid_pots", ["resid_pre", "resid_post"])
+    'Did you mean resid_post or resid_pre?'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(near)}?"
+    return f"Known: {', '.join(known)}." if known else "None are known."

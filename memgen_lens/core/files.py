@@ -1,0 +1,158 @@
+"""Reading and writing JSON, JSON lines and safetensors: whole or not at all, never pickle.
+
+Does not know what is in the files.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from memgen_lens.core.errors import RunDirectoryError
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON of plain values, dataclasses and numpy arrays; NaN and infinity are refused (write null and why)."""
+    return json.dumps(value, default=_plain, allow_nan=False, indent=indent, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it into place.
+
+    Raises:
+        RunDirectoryError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text(path, to_json(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON line a row, whole or not at all."""
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write named arrays as safetensors, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        RunDirectoryError: The file is missing or damaged.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise damaged(path, f"not JSON at line {error.lineno}") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The rows of a JSON lines file.
+
+    Raises:
+        RunDirectoryError: The file is missing, or a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise damaged(path, f"line {number} is not JSON") from None
+    return rows
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The named arrays of a safetensors file.
+
+    Raises:
+        RunDirectoryError: The file is missing or damaged.
+    """
+    if not path.is_file():
+        raise missing(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RunDirectoryError: The file is missing or not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise missing(path) from None
+    except UnicodeDecodeError:
+        raise damaged(path, "not UTF-8 text") from None
+
+
+def missing(path: Path) -> RunDirectoryError:
+    """The error for a file that should be there."""
+    return RunDirectoryError(
+        f"reading {path}",
+        expected="a file of a complete run",
+        received="no such file",
+        fix="Check the directory's name, or make the run again with --force (memgen-lens) or force=True.",
+    )
+
+
+def damaged(path: Path, what: str) -> RunDirectoryError:
+    """The error for a file that cannot be read as what it should be."""
+    return RunDirectoryError(
+        f"reading {path}",
+        expected="a whole file of a memgen_lens run",
+        received=what,
+        fix="The file is damaged: restore it, or make the run again with --force (memgen-lens) or force=True.",
+    )
+
+
+def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
+    """The error for a path that cannot be written."""
+    return RunDirectoryError(
+        f"writing {path}",
+        expected="a place that can be written",
+        received=error.strerror or str(error),
+        fix="Choose another directory with --out (memgen-lens) or out=.",
+    )

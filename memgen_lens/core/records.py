@@ -1,0 +1,499 @@
+"""What the stages hand each other and save: items, outcomes, pairs, activations, scores, probes, steering.
+
+Records are frozen and hold plain values and numpy arrays, so that what is saved can be read, drawn and
+reported without torch. They do not compute: the stages do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from memgen_lens.core.errors import PairsError, SiteError, suggest
+from memgen_lens.core.files import read_arrays, write_arrays
+from memgen_lens.core.types import Behavior, Direction, Positions
+
+PairSplit = Literal["select", "tune", "test"]
+MINIMUM_PAIRS = 8
+"""Fewer pairs than this in a split carry no statistics worth reading."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a task with its two answers.
+
+    Attributes:
+        key: Names the item within its task; a rephrasing keeps the key of the item it rephrases.
+        split: ``"memorized"``, ``"rephrased"``, ``"heldout"``, ``"validation"``, ``"generic"``, or ``"user"``.
+        prompt: The text the model is given.
+        rule_answer: What the rule gives; None where a user's pairs name no answers.
+        memorized_answer: What the model was trained to recall for this item; None where there is nothing to recall.
+    """
+
+    key: int
+    split: str
+    prompt: str
+    rule_answer: str | None
+    memorized_answer: str | None = None
+
+    def classify(self, output: str) -> Behavior:
+        """Which behaviour a completion of this item's prompt shows: an exact match, or `Behavior.OTHER`."""
+        if self.rule_answer is not None and output == self.rule_answer:
+            return Behavior.GENERALIZATION
+        if self.memorized_answer is not None and output == self.memorized_answer:
+            return Behavior.MEMORIZATION
+        return Behavior.OTHER
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One prompt, its greedy completion, and the behaviour that the completion shows.
+
+    Attributes:
+        item: The item that was asked.
+        output: The completion, without the end-of-text token.
+        behavior: Its class.
+        memorized_form: Whether the output has the form of a memorized answer, its own or not.
+    """
+
+    item: Item
+    output: str
+    behavior: Behavior
+    memorized_form: bool
+
+    def row(self) -> dict[str, Any]:
+        """One flat line of ``outcomes.jsonl``."""
+        return {
+            "split": self.item.split,
+            "key": self.item.key,
+            "prompt": self.item.prompt,
+            "output": self.output,
+            "behavior": str(self.behavior),
+            "memorized_form": self.memorized_form,
+            "rule_answer": self.item.rule_answer,
+            "memorized_answer": self.item.memorized_answer,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``history.jsonl``: both behaviours at one step of training.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Tokens seen, padding not counted.
+        loss: Mean cross-entropy (nats a labelled token) over the steps since the line before.
+        generalization: Share of validation prompts answered by the rule.
+        memorization: Share of memorized prompts recalled exactly.
+        rephrased_generalization: Share of rephrased memorized prompts answered by the rule.
+        seconds: Training time so far, measurements included.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    generalization: float
+    memorization: float
+    rephrased_generalization: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """Prompts on which the model recalls, each beside a rephrasing on which it computes.
+
+    Attributes:
+        memorized: The recalling side, one item a pair.
+        generalized: The computing side, one item a pair.
+        split: ``"select"``, ``"tune"`` or ``"test"`` of each pair; all pairs of one item share a split.
+        n_items: Items that were asked, flipping or not.
+        n_flipped: Items with at least one pair; ``n_flipped / n_items`` is the flip rate.
+    """
+
+    memorized: tuple[Item, ...]
+    generalized: tuple[Item, ...]
+    split: Shaped[np.ndarray, " pair"]
+    n_items: int
+    n_flipped: int
+
+    def __len__(self) -> int:
+        return len(self.memorized)
+
+    @property
+    def item(self) -> Int[np.ndarray, " pair"]:
+        """The item key of each pair."""
+        return np.array([item.key for item in self.memorized], dtype=np.int64)
+
+    @classmethod
+    def from_strings(
+        cls,
+        memorized: Sequence[str],
+        generalized: Sequence[str],
+        *,
+        rule_answers: Sequence[str] | None = None,
+        memorized_answers: Sequence[str] | None = None,
+        items: Sequence[int] | None = None,
+        shares: tuple[float, float] = (0.4, 0.2),
+        seed: int = 0,
+    ) -> Self:
+        """Pairs from a user's own prompts: pair p is ``memorized[p]`` beside ``generalized[p]``.
+
+        Args:
+            memorized: Prompts on which the model recalls.
+            generalized: Prompts on which it computes, one for each of the others.
+            rule_answers: What computing gives, one a pair. Without them, steering is judged against what the
+                unsteered model itself says on the paired prompt.
+            memorized_answers: What recalling gives, one a pair; likewise optional.
+            items: Which item each pair belongs to; pairs of one item never part. Default: each pair its own.
+            shares: Shares of items in ``select`` and ``tune``; the rest is ``test``.
+            seed: Seed of the split.
+
+        Raises:
+            PairsError: The lists are empty, of unequal length, or hold something other than text.
+        """
+        lists = {
+            "memorized": memorized,
+            "generalized": generalized,
+            "rule_answers": rule_answers,
+            "memorized_answers": memorized_answers,
+            "items": items,
+        }
+        call = "PromptPairs.from_strings"
+        for name, values in lists.items():
+            if isinstance(values, str) or (
+                name != "items" and values is not None and not all(isinstance(v, str) for v in values)
+            ):
+                raise PairsError(
+                    call,
+                    expected=f"a list of strings as {name}",
+                    received=repr(values)[:80],
+                    fix="Give one string a pair.",
+                )
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
+        if not len(memorized):
+            raise PairsError(
+                call,
+                expected="at least one pair",
+                received="empty lists",
+                fix="Give one memorized and one generalized prompt a pair.",
+            )
+        if len(set(lengths.values())) > 1:
+            raise PairsError(
+                call,
+                expected="lists of one length, one entry a pair",
+                received=", ".join(f"{n} {name}" for name, n in lengths.items()),
+                fix="Pair p is memorized[p] beside generalized[p]: drop or add prompts until they match.",
+            )
+        keys = [int(key) for key in items] if items is not None else list(range(len(memorized)))
+        rule = rule_answers if rule_answers is not None else [None] * len(memorized)
+        recall = memorized_answers if memorized_answers is not None else [None] * len(memorized)
+        rows = list(zip(keys, memorized, generalized, rule, recall, strict=True))
+        return cls(
+            memorized=tuple(Item(key, "user", prompt, r, m) for key, prompt, _, r, m in rows),
+            generalized=tuple(Item(key, "user", prompt, r, m) for key, _, prompt, r, m in rows),
+            split=split_items(keys, shares=shares, seed=seed),
+            n_items=len(set(keys)),
+            n_flipped=len(set(keys)),
+        )
+
+    def of(self, split: PairSplit) -> Int[np.ndarray, " index"]:
+        """Indices of the pairs of one split.
+
+        Raises:
+            PairsError: The split holds fewer than 8 pairs.
+        """
+        index = np.flatnonzero(self.split == split)
+        if len(index) < MINIMUM_PAIRS:
+            raise PairsError(
+                f"pairs of split {split!r}",
+                expected=f"at least {MINIMUM_PAIRS} pairs",
+                received=f"{len(index)} ({self.n_flipped} of {self.n_items} items flip, {len(self)} pairs in all)",
+                fix="Train longer or with more memorized items so that more prompts flip when rephrased, "
+                "give more pairs, or give this split a larger share of the items.",
+            )
+        return index
+
+    def take(self, index: Int[np.ndarray, " index"]) -> Self:
+        """The pairs at ``index``, in that order."""
+        return replace(
+            self,
+            memorized=tuple(self.memorized[i] for i in index),
+            generalized=tuple(self.generalized[i] for i in index),
+            split=self.split[index],
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat line a pair, for ``pairs.jsonl``."""
+        return [
+            {
+                "key": mem.key,
+                "split": str(split),
+                "memorized_prompt": mem.prompt,
+                "generalized_prompt": gen.prompt,
+                "rule_answer": gen.rule_answer,
+                "memorized_answer": mem.memorized_answer,
+            }
+            for mem, gen, split in zip(self.memorized, self.generalized, self.split, strict=True)
+        ]
+
+
+def split_items(
+    keys: Sequence[int], *, shares: tuple[float, float], seed: int
+) -> Shaped[np.ndarray, " pair"]:
+    """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split."""
+    unique, inverse = np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)
+    n_select, n_tune = (round(share * len(unique)) for share in shares)
+    names = np.array(["select"] * n_select + ["tune"] * n_tune + ["test"] * len(unique))[: len(unique)]
+    return np.random.default_rng(seed).permutation(names)[inverse]
+
+
+@dataclass(frozen=True)
+class SiteActivations:
+    """Activations of one site at the answer position, both sides of every pair.
+
+    Attributes:
+        memorized: float32 ``[pair, layer, neuron]`` on the recalling side.
+        generalized: float32 ``[pair, layer, neuron]`` on the computing side.
+    """
+
+    memorized: Float[np.ndarray, "pair layer neuron"]
+    generalized: Float[np.ndarray, "pair layer neuron"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What `record` kept: the sites asked for, and what the probes' baselines need.
+
+    Attributes:
+        sites: Activations by site name.
+        pairs: The pairs they belong to.
+        embedding: The token (and position) embedding at the answer position, one layer.
+        tokens: Token ids of both prompts of each pair, right-padded with -1: ``[2 * pair, pos]``,
+            all memorized prompts first.
+    """
+
+    sites: dict[str, SiteActivations]
+    pairs: PromptPairs
+    embedding: SiteActivations
+    tokens: Int[np.ndarray, "prompt pos"]
+
+    def site(self, name: str) -> SiteActivations:
+        """Activations of one site.
+
+        Raises:
+            SiteError: The site was not recorded.
+        """
+        if name not in self.sites:
+            raise SiteError(
+                f"activations of site {name!r}",
+                expected=f"a recorded site ({', '.join(self.sites)})",
+                received=repr(name),
+                fix=f"{suggest(name, self.sites)} Or record it: record(model, pairs, sites=[{name!r}]).",
+            )
+        return self.sites[name]
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """How each neuron of one site differs between the behaviours; positive = towards memorization.
+
+    Attributes:
+        site: Site name.
+        nmd: Mean over pairs of ``h_mem - h_gen``, in units of the activation.
+        rho: Pearson correlation of the activation with the label, in [-1, 1]; 0 for a constant neuron.
+        p: Two-sided paired sign-flip permutation p-value, in (0, 1].
+        p_family: The same with the maximum over all neurons as reference (family-wise), in (0, 1].
+        q: Benjamini-Hochberg adjusted ``p``, in (0, 1].
+        n_pairs: Pairs the scores come from.
+    """
+
+    site: str
+    nmd: Float[np.ndarray, "layer neuron"]
+    rho: Float[np.ndarray, "layer neuron"]
+    p: Float[np.ndarray, "layer neuron"]
+    p_family: Float[np.ndarray, "layer neuron"]
+    q: Float[np.ndarray, "layer neuron"]
+    n_pairs: int
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``SITE.safetensors`` into a directory and return its path."""
+        path = Path(directory) / f"{self.site}.safetensors"
+        arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
+        write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs])})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            RunDirectoryError: The file is missing or damaged.
+        """
+        arrays = read_arrays(Path(path))
+        n_pairs = int(arrays.pop("n_pairs")[0])
+        return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, **arrays)
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """How well one probe tells the behaviours apart on the test pairs.
+
+    Attributes:
+        auroc: Area under the ROC curve in [0, 1].
+        auroc_ci95: 95 % bootstrap interval, resampled by item.
+        accuracy: Share of test prompts classified correctly.
+        accuracy_ci95: Likewise.
+    """
+
+    auroc: float
+    auroc_ci95: tuple[float, float]
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """Probes of one site, layer by layer, beside their baselines.
+
+    Attributes:
+        site: Site name.
+        by_layer: Test scores of each layer's probe.
+        cv_auroc_by_layer: Out-of-fold AUROC on ``select`` and ``tune``, folds grouped by item; picks ``best_layer``.
+        best_layer: The layer with the largest cross-validated AUROC.
+        input_only: The same probe on the prompt alone: token counts and positional one-hots.
+        shuffled: The best layer's probe fitted on labels shuffled among the training prompts, mean of its repeats.
+        embedding: The same probe on the embedding at the answer position.
+        learning_curve: ``{"n_pairs", "auroc"}`` of the best layer's probe fitted on fewer pairs.
+        n_train: Pairs the probes were fitted on.
+        n_test: Pairs they were tested on.
+        probes: The fitted scikit-learn pipelines, one a layer (not saved).
+    """
+
+    site: str
+    by_layer: tuple[ProbeScores, ...]
+    cv_auroc_by_layer: tuple[float, ...]
+    best_layer: int
+    input_only: ProbeScores
+    shuffled: dict[str, Any]
+    embedding: ProbeScores
+    learning_curve: tuple[dict[str, float], ...]
+    n_train: int
+    n_test: int
+    probes: tuple[Any, ...] = field(repr=False, compare=False)
+
+    @property
+    def best(self) -> ProbeScores:
+        """Test scores of the chosen layer."""
+        return self.by_layer[self.best_layer]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the fitted probes, for ``probes.json``."""
+        names = [name for name in self.__dataclass_fields__ if name != "probes"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class SteeringSetting:
+    """One way to steer: which neurons, how hard, where.
+
+    Attributes:
+        site: Site whose neurons are changed.
+        top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1].
+        alpha: Multiple of abs(nmd); None in patch mode.
+        positions: See `memgen_lens.core.types.Positions`.
+        mode: ``"shift"`` (the paper's) or ``"patch"``.
+    """
+
+    site: str
+    top_fraction: float
+    alpha: float | None
+    positions: Positions
+    mode: Literal["shift", "patch"] = "shift"
+
+
+@dataclass(frozen=True)
+class SteeringRates:
+    """What steering one side of the pairs towards the other behaviour does.
+
+    Attributes:
+        toward: The behaviour steered towards; the prompts are those that show the other one unsteered.
+        n: Prompts.
+        shift: ``{"rate", "ci95"}``: share that now give the answer of ``toward``: the rule's (towards
+            generalization), or the item's own memorized one (towards memorization: exact recall).
+        memorized_form: Share whose output has the form of a memorized answer, its own or not.
+        stayed: Share that still give the answer they gave unsteered.
+        other: Share that give neither answer.
+        controls: By control, ``{"mean", "ci95", "n_draws", "memorized_form": {...}}`` over draws, or
+            ``{"mean": None, "why": ...}``.
+        examples: A few prompts with their outputs before and after.
+    """
+
+    toward: Direction
+    n: int
+    shift: dict[str, Any]
+    memorized_form: dict[str, Any]
+    stayed: dict[str, Any]
+    other: dict[str, Any]
+    controls: dict[str, dict[str, Any]]
+    examples: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What steering does to held-out generic prompts, which it is not meant to change.
+
+    Attributes:
+        n: Held-out prompts.
+        heldout_generalization: Share answered by the rule, unsteered.
+        heldout_generalization_steered: The same, steered towards generalization.
+        heldout_generalization_steered_to_memorization: The same, steered towards memorization.
+        kl_nats: Mean KL divergence (nats) of the steered (towards generalization) from the unsteered
+            next-token distribution at the answer position.
+        why: Why the figures are None, where they are.
+    """
+
+    n: int
+    heldout_generalization: float | None
+    heldout_generalization_steered: float | None
+    heldout_generalization_steered_to_memorization: float | None
+    kl_nats: float | None
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class SteeringTable:
+    """Steering both ways on the test pairs, beside its controls and side effects."""
+
+    setting: SteeringSetting
+    n_neurons_by_layer: tuple[int, ...]
+    to_generalization: SteeringRates
+    to_memorization: SteeringRates
+    side_effects: SideEffects
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One setting of a steering sweep and its rates on the prompts it was swept on.
+
+    Attributes:
+        setting: The setting.
+        layers: Layers it was restricted to; None = all.
+        n: Pairs.
+        to_generalization: Share of recalling prompts that now generalize.
+        to_generalization_other: Share of them that now do neither.
+        to_memorization: Share of computing prompts that now recall exactly.
+        memorized_form: Share of computing prompts whose output now has the form of a memorized answer.
+        to_memorization_other: Share of computing prompts whose output is neither the rule's answer nor of memorized form.
+    """
+
+    setting: SteeringSetting
+    layers: tuple[int, ...] | None
+    n: int
+    to_generalization: float
+    to_generalization_other: float
+    to_memorization: float
+    memorized_form: float
+    to_memorization_other: float

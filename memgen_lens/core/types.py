@@ -1,0 +1,72 @@
+"""The vocabulary shared by all stages: behaviours, directions, axis names, and what we need of a model.
+
+Axis names in jaxtyping annotations, everywhere in the package:
+
+========= =====================================================================
+batch     prompts in one forward pass
+pos       token positions
+layer     transformer blocks, 0 first (one entry for sites outside the blocks)
+neuron    coordinates of a hook point's last axis (heads flattened into it)
+pair      prompt pairs
+setting   steering settings that share one forward pass
+d_model   residual stream
+d_vocab   tokens of the vocabulary
+========= =====================================================================
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from enum import StrEnum
+from typing import Any, Literal, Protocol, runtime_checkable
+
+
+class Behavior(StrEnum):
+    """What a completion shows; every completion is exactly one of the three (method of arXiv 2412.18497)."""
+
+    GENERALIZATION = "generalization"
+    """Equals the answer that the rule gives."""
+    MEMORIZATION = "memorization"
+    """Equals the answer that this very item was trained to recall."""
+    OTHER = "other"
+    """Anything else, another item's memorized answer included."""
+
+
+Direction = Literal["generalization", "memorization"]
+"""Which behaviour steering pushes towards."""
+
+Positions = Literal["answer", "prompt", "all"]
+"""Where steering acts: from the answer position on (the paper), at the answer position alone, or everywhere."""
+
+Split = Literal["memorized", "rephrased", "heldout", "validation"]
+"""Prompts of a designed task that are asked about (generic training prompts are drawn, not listed)."""
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """What analysis needs of a model; `HookedTransformer` has it, and TransformerLens' Bridge too."""
+
+    cfg: Any
+    tokenizer: Any
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]:
+        """Hook points by full name."""
+        ...
+
+    def hooks(
+        self, fwd_hooks: list[tuple[Any, Callable[..., Any]]] = ...
+    ) -> AbstractContextManager[Any]:
+        """Set hooks and remove them on leaving, also after an exception."""
+        ...
+
+    def to_tokens(self, input: Any, **kwargs: Any) -> Any:
+        """Strings to tokens, ``[batch, pos]``."""
+        ...
+
+    def generate(self, input: Any, **kwargs: Any) -> Any:
+        """Complete tokens, ``[batch, pos] -> [batch, pos + new]``."""
+        ...
+
+    def __call__(self, input: Any, **kwargs: Any) -> Any:
+        """Tokens ``[batch, pos]`` to logits ``[batch, pos, d_vocab]``."""
+        ...

@@ -1,0 +1,117 @@
+"""What every task offers, and what is the same for all of them: the data set and the answers' classification.
+
+A new task subclasses `Task`, declares its settings as fields, and fills in the abstract members;
+``CONTRIBUTING.md`` walks through it.
+"""
+
+from abc import abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memgen_lens.core.config import Settings
+from memgen_lens.core.errors import TaskError, suggest
+from memgen_lens.core.records import Item
+from memgen_lens.core.types import Behavior, Split
+from memgen_lens.tasks.tokenizer import EOS, build_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+SPLITS: tuple[Split, ...] = ("memorized", "rephrased", "heldout", "validation")
+
+
+class Task(Settings):
+    """A designed task: settings and seed in, prompts with two answers out.
+
+    A training sequence is ``prompt + answer + EOS``. Prompts of the splits ``heldout``, ``validation`` and
+    ``rephrased`` are never trained on, nor are their rephrasings; no prompt is in two splits.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short name of the task."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every token a prompt or an answer may hold; longer tokens win where two would match."""
+
+    @property
+    @abstractmethod
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt."""
+
+    @property
+    @abstractmethod
+    def max_answer_tokens(self) -> int:
+        """Tokens of the longest answer, its end-of-text token counted."""
+
+    @cached_property
+    @abstractmethod
+    def splits(self) -> dict[Split, tuple[Item, ...]]:
+        """The items of every split; ``rephrased`` holds all rephrasings of the memorized ones."""
+
+    @abstractmethod
+    def draw_generic(self, n: int, rng: np.random.Generator) -> list[Item]:
+        """Draw ``n`` generic training items, with replacement, none of them in a split."""
+
+    @abstractmethod
+    def rephrase(self, item: Item) -> tuple[Item, ...]:
+        """The rephrasings of an item: another surface, the same answer of the rule."""
+
+    @abstractmethod
+    def is_memorized_form(self, output: str) -> bool:
+        """Whether an output has the form of a memorized answer, this item's or not."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A ``PreTrainedTokenizerFast`` over the vocabulary (no begin-of-text token)."""
+        return build_tokenizer(self.vocabulary)
+
+    def items(self, split: Split) -> tuple[Item, ...]:
+        """The items of one split.
+
+        Raises:
+            TaskError: There is no such split.
+        """
+        if split not in SPLITS:
+            raise TaskError(
+                f"{type(self).__name__}.items",
+                expected=f"one of {', '.join(SPLITS)}",
+                received=repr(split),
+                fix=suggest(str(split), SPLITS) + " Generic training items are drawn: draw_generic(n, rng).",
+            )
+        return self.splits[split]
+
+    def classify(self, item: Item, output: str) -> Behavior:
+        """Which behaviour an output shows on an item: an exact match after the end-of-text token is dropped."""
+        return item.classify(output.removesuffix(EOS))
+
+    def to_dataset(self, *, n_generic: int = 1000, seed: int = 0) -> "DatasetDict":
+        """The task as a Hugging Face ``DatasetDict``.
+
+        Args:
+            n_generic: Rows of the split ``generic``, a sample of the training prompts that are drawn without end.
+            seed: Seed of that sample.
+
+        Returns:
+            Splits ``generic``, ``memorized``, ``rephrased``, ``heldout``, ``validation`` with the columns ``key``,
+            ``prompt``, ``rule_answer`` and ``memorized_answer`` (None where there is nothing to recall).
+        """
+        from datasets import Dataset, DatasetDict, Features, Value
+
+        features = Features(
+            key=Value("int64"), prompt=Value("string"), rule_answer=Value("string"), memorized_answer=Value("string")
+        )
+        rows = {"generic": self.draw_generic(n_generic, np.random.default_rng(seed)), **self.splits}
+        return DatasetDict(
+            {
+                split: Dataset.from_list(
+                    [{name: getattr(item, name) for name in features} for item in items], features=features
+                )
+                for split, items in rows.items()
+            }
+        )

@@ -1,0 +1,52 @@
+"""A Hugging Face tokenizer over a task's vocabulary.
+
+Built on the `tokenizers` library: one token a vocabulary entry, longest first, nothing added or dropped, so that
+decoding an encoded text gives it back.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from memgen_lens.core.errors import TaskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
+
+
+def build_tokenizer(vocabulary: Sequence[str]) -> "PreTrainedTokenizerFast":
+    """A fast tokenizer with the tokens of ``vocabulary``, then ``<eos>``, ``<pad>``, ``<unk>``.
+
+    It has no begin-of-text token: a prompt's tokens are the prompt, so positions mean the same in training,
+    in `to_tokens` and in `generate`.
+
+    Args:
+        vocabulary: Distinct non-empty tokens; in the text, longer ones are matched before shorter ones.
+
+    Raises:
+        TaskError: A token is empty or occurs twice.
+    """
+    # Heavy, and not needed to make prompts: import when a tokenizer is asked for.
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if len(set(vocabulary)) < len(vocabulary) or "" in vocabulary:
+        raise TaskError(
+            "build_tokenizer",
+            expected="distinct, non-empty tokens",
+            received=f"{len(vocabulary)} tokens, {len(set(vocabulary) - {''})} distinct and non-empty",
+            fix="Drop the repeated or empty ones.",
+        )
+    tokens = [*vocabulary, EOS, PAD, UNK]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = "|".join([*("".join(map(_escape, token)) for token in longest_first), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNK)
+
+
+def _escape(character: str) -> str:
+    r"""A character as Oniguruma's ``\x{...}``, which needs no knowledge of its special ones."""
+    return f"\\x{{{ord(character):x}}}"

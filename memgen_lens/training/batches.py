@@ -1,0 +1,119 @@
+"""Training batches of a task, tokenized ahead of the step in a background thread.
+
+Every batch follows from ``(seed, step)`` alone, so a run that is cut and resumed sees the same ones. Does not know
+the model.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from memgen_lens.core.config import TrainConfig
+from memgen_lens.training.forward import Rows
+
+STEPS_A_CHUNK = 32
+CHUNKS_AHEAD = 2
+CACHE_LIMIT = 200_000
+
+
+class Batches:
+    """Batches of generic and memorized items.
+
+    Args:
+        task: A task (`memgen_lens.tasks.Task`).
+        config: Batch size, share of memorized items, loss and seed are read.
+    """
+
+    def __init__(self, task: Any, config: TrainConfig) -> None:
+        self.task, self.config = task, config
+        self.n_memorized = max(1, min(config.batch_size - 1, round(config.batch_size * config.memorized_share)))
+        self._ids: dict[str, list[int]] = {}
+        memorized = task.items("memorized")
+        self._memorized = self._rows([(item.prompt, item.memorized_answer) for item in memorized])
+
+    def from_step(self, step: int, stop: int) -> Iterator[list[Rows]]:
+        """Yield the batches of steps ``step`` to ``stop - 1``, made ahead of time.
+
+        Yields:
+            The groups of one batch: generic rows, then memorized rows.
+        """
+        made: queue.Queue[Any] = queue.Queue(maxsize=CHUNKS_AHEAD)
+        closed = threading.Event()
+
+        def make() -> None:
+            try:
+                for chunk in range(step // STEPS_A_CHUNK, -(-stop // STEPS_A_CHUNK)):
+                    _put(made, self._chunk(chunk), closed)
+            except BaseException as error:  # handed to the consumer, which raises it
+                _put(made, error, closed)
+
+        worker = threading.Thread(target=make, name="memgen-lens-batches", daemon=True)
+        worker.start()
+        try:
+            for chunk in range(step // STEPS_A_CHUNK, -(-stop // STEPS_A_CHUNK)):
+                batches = made.get()
+                if isinstance(batches, BaseException):
+                    raise batches
+                first = chunk * STEPS_A_CHUNK
+                yield from batches[max(step - first, 0) : stop - first]
+        finally:
+            closed.set()
+            worker.join()
+
+    def _chunk(self, chunk: int) -> list[list[Rows]]:
+        """All batches of one chunk of steps."""
+        rng = np.random.default_rng([self.config.seed, chunk])
+        n_generic = self.config.batch_size - self.n_memorized
+        drawn = self.task.draw_generic(STEPS_A_CHUNK * n_generic, rng)
+        generic = self._rows([(item.prompt, item.rule_answer) for item in drawn])
+        picks = rng.integers(len(self._memorized.tokens), size=(STEPS_A_CHUNK, self.n_memorized))
+        return [
+            [
+                Rows(
+                    generic.tokens[i * n_generic : (i + 1) * n_generic],
+                    generic.labels[i * n_generic : (i + 1) * n_generic],
+                    generic.start,
+                ),
+                Rows(self._memorized.tokens[picks[i]], self._memorized.labels[picks[i]], self._memorized.start),
+            ]
+            for i in range(STEPS_A_CHUNK)
+        ]
+
+    def _rows(self, texts: list[tuple[str, str]]) -> Rows:
+        """Tokenize prompts with their answers and pad them on the right to one length."""
+        eos, pad = self.task.tokenizer.eos_token_id, self.task.tokenizer.pad_token_id
+        prompts = self._encode([prompt for prompt, _ in texts])
+        answers = self._encode([answer for _, answer in texts])
+        lengths = np.array([len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True)])
+        first = np.array([len(p) for p in prompts]) if self.config.loss == "answer" else np.ones_like(lengths)
+        sequences = np.full((len(texts), int(lengths.max())), pad, dtype=np.int64)
+        filled = np.arange(sequences.shape[1]) < lengths[:, None]
+        sequences[filled] = np.concatenate([[*p, *a, eos] for p, a in zip(prompts, answers, strict=True)])
+        # The label at position t is token t + 1: the first answer token is predicted from the prompt's last one.
+        labelled = (np.arange(1, sequences.shape[1]) >= first[:, None]) & filled[:, 1:]
+        labels = np.where(labelled, sequences[:, 1:], -100)
+        return Rows(torch.from_numpy(sequences[:, :-1]), torch.from_numpy(labels), int(first.min()) - 1)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids; texts seen before come from a bounded cache."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._ids))
+        if new:
+            if len(self._ids) > CACHE_LIMIT:
+                self._ids.clear()
+                new = list(dict.fromkeys(texts))
+            self._ids.update(zip(new, self.task.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+        return [self._ids[text] for text in texts]
+
+
+def _put(made: queue.Queue[Any], value: Any, closed: threading.Event) -> None:
+    """Put a value, giving up once the consumer has gone."""
+    while not closed.is_set():
+        try:
+            made.put(value, timeout=0.1)
+            return
+        except queue.Full:
+            continue

@@ -1,0 +1,102 @@
+"""Checkpoints: weights, optimizer and random state, whole or not at all.
+
+A checkpoint is a folder ``step-000500`` with ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``; it is
+written under a temporary name and then renamed. Does not know what training does with it.
+"""
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.files import cannot_write, read_json, write_json
+from memgen_lens.training.models import load_tensors, save_tensors
+
+
+def save_checkpoint(
+    directory: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of one step into ``directory`` and return its folder.
+
+    Args:
+        directory: The run's ``checkpoints`` folder.
+        step: Optimizer steps done.
+        model: Its state is kept as it is.
+        optimizer: Its per-parameter tensors are kept, in the order of the parameters.
+        state: Plain values to keep beside them.
+
+    Raises:
+        RunDirectoryError: The folder cannot be written.
+    """
+    final = directory / f"step-{step:06d}"
+    temporary = directory / f".{final.name}.part"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_tensors(model.state_dict(), temporary / "weights.safetensors")
+        tensors = {
+            f"{index}.{name}": value
+            for index, slots in optimizer.state_dict()["state"].items()
+            for name, value in slots.items()
+        }
+        save_tensors(tensors | _random_state(), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", state | {"step": step})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except OSError as error:
+        raise cannot_write(final, error) from None
+    return final
+
+
+def load_newest(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, device: str
+) -> dict[str, Any] | None:
+    """Restore model, optimizer and random state from the newest whole checkpoint.
+
+    A damaged checkpoint is passed over with a warning.
+
+    Returns:
+        What was kept as ``state``, with its ``step``; None if there is no whole checkpoint.
+    """
+    for folder in reversed(list_checkpoints(directory)):
+        try:
+            state = read_json(folder / "state.json")
+            weights = load_tensors(folder / "weights.safetensors", device=device)
+            tensors = load_tensors(folder / "optimizer.safetensors")
+        except RunDirectoryError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+            continue
+        model.load_state_dict(weights)
+        _set_random_state(tensors)
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            index, slot = name.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = value
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        return state
+    return None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; half-written ones have another name and are not listed."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    return state | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(tensors: dict[str, torch.Tensor]) -> None:
+    """Take the random state out of ``tensors`` and set it."""
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    cuda = tensors.pop("random.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)

@@ -1,0 +1,174 @@
+"""A faster forward pass over the same HookedTransformer parameters, for training only.
+
+What it saves over the model's own forward: hook points are skipped, queries, keys and values come from one matrix
+product, norms are fused, and the last block computes queries, MLP and logits only where there are labels. Nothing is
+copied; gradients land in the model's own parameters. No hook fires here: analysis uses the model itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+UNUSUAL = (
+    "attn_only",
+    "parallel_attn_mlp",
+    "use_normalization_before_and_after",
+    "use_attn_result",
+    "use_split_qkv_input",
+    "use_attn_in",
+    "use_hook_mlp_in",
+    "use_local_attn",
+    "use_qk_norm",
+    "use_attention_sinks",
+    "use_logn_attn",
+    "post_embedding_ln",
+    "use_hook_tokens",
+    "scale_attn_by_inverse_layer_idx",
+    "load_in_4bit",
+)
+"""TransformerLens settings that must be off for this forward to be the same as the model's."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sequences of one group of a batch, right-padded to one length.
+
+    Attributes:
+        tokens: Inputs ``[batch, pos]``.
+        labels: Next tokens ``[batch, pos]``; -100 where there is no loss.
+        start: First position with a label in any row; earlier positions need no logits.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    labels: Int[Tensor, "batch pos"]
+    start: int
+
+    def to(self, device: str) -> "Rows":
+        """The same rows on a device."""
+        return Rows(self.tokens.to(device), self.labels.to(device), self.start)
+
+
+def why_not(cfg: Any) -> str | None:
+    """Why a model of this configuration needs TransformerLens' own forward; None if it does not."""
+    unusual = [name for name in UNUSUAL if getattr(cfg, name, False)]
+    if unusual:
+        return f"{unusual[0]} is set"
+    allowed = {
+        "act_fn": tuple(ACTIVATIONS),
+        "normalization_type": ("LN", "LNPre", "RMS", "RMSPre", None),
+        "positional_embedding_type": ("standard", "rotary"),
+        "attention_dir": ("causal",),
+        "original_architecture": (None, "GPT2LMHeadModel"),
+        "n_key_value_heads": (None,),
+        "num_experts": (None,),
+        "clip_qkv": (None,),
+        "n_devices": (1,),
+        "dtype": (torch.float32,),
+    }
+    for name, values in allowed.items():
+        value = getattr(cfg, name, None)
+        if value not in values:
+            return f"{name} is {value!r}"
+    for name in ("attn_scores_soft_cap", "output_logits_soft_cap"):
+        if (getattr(cfg, name, None) or -1) > 0:
+            return f"{name} is set"
+    return None
+
+
+def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
+    """Logits of all groups at and after each group's first label, row by row, group after group.
+
+    Equal to ``model(rows.tokens)[:, rows.start :].flatten(0, 1)`` of each group, concatenated, to rounding.
+    """
+    cfg = model.cfg
+    shapes = [tuple(rows.tokens.shape) for rows in groups]
+    # Groups differ in length, so everything but attention runs on one flat list of tokens: [token, d_model].
+    x = F.embedding(torch.cat([rows.tokens.flatten() for rows in groups]), model.embed.W_E)
+    if cfg.positional_embedding_type == "standard":
+        x = x + torch.cat([model.pos_embed.W_pos[:pos].repeat(batch, 1) for batch, pos in shapes])
+    for index, block in enumerate(model.blocks):
+        last = index == cfg.n_layers - 1
+        starts = [rows.start if last else 0 for rows in groups]
+        z = _attention(block.attn, _norm(block.ln1, x, cfg), shapes, starts, cfg)
+        if last:
+            x = _after(x, shapes, starts)
+        x = x + torch.addmm(block.attn.b_O, z, block.attn.W_O.flatten(0, 1))
+        x = x + _mlp(block.mlp, _norm(block.ln2, x, cfg), cfg)
+    x = _norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
+    return torch.addmm(model.unembed.b_U, x, model.unembed.W_U)
+
+
+def labelled_loss(
+    logits: Float[Tensor, "labelled d_vocab"], groups: list[Rows]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy (nats a labelled token) of `labelled_logits` over all labels of a batch."""
+    labels = torch.cat([rows.labels[:, rows.start :].flatten() for rows in groups])
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100)
+
+
+def _after(
+    x: Float[Tensor, "token d"], shapes: list[tuple[int, ...]], starts: list[int]
+) -> Float[Tensor, "kept d"]:
+    """Drop the positions before each group's start."""
+    parts = x.split([batch * pos for batch, pos in shapes])
+    return torch.cat(
+        [part.view(*shape, -1)[:, start:].flatten(0, 1) for part, shape, start in zip(parts, shapes, starts, strict=True)]
+    )
+
+
+def _norm(norm: Any, x: Float[Tensor, "token d"], cfg: Any) -> Float[Tensor, "token d"]:
+    if cfg.normalization_type is None:
+        return x
+    if cfg.normalization_type.startswith("LN"):
+        return F.layer_norm(x, (cfg.d_model,), getattr(norm, "w", None), getattr(norm, "b", None), cfg.eps)
+    return F.rms_norm(x, (cfg.d_model,), getattr(norm, "w", None), cfg.eps)
+
+
+def _mlp(mlp: Any, x: Float[Tensor, "token d_model"], cfg: Any) -> Float[Tensor, "token d_model"]:
+    act = ACTIVATIONS[cfg.act_fn]
+    if cfg.gated_mlp:
+        hidden = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in
+    else:
+        hidden = act(torch.addmm(mlp.b_in, x, mlp.W_in))
+    return torch.addmm(mlp.b_out, hidden, mlp.W_out)
+
+
+def _attention(
+    attn: Any, x: Float[Tensor, "token d_model"], shapes: list[tuple[int, ...]], starts: list[int], cfg: Any
+) -> Float[Tensor, "kept head_d_head"]:
+    """Causal attention, group by group; queries only from each group's start on."""
+    width = cfg.n_heads * cfg.d_head
+    # [head, d_model, d_head] -> [d_model, head * d_head], the three side by side
+    weight = torch.cat([w.transpose(0, 1).reshape(cfg.d_model, width) for w in (attn.W_Q, attn.W_K, attn.W_V)], 1)
+    bias = torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)])
+    qkv = torch.addmm(bias, x, weight)
+    outputs = []
+    for part, (batch, pos), start in zip(
+        qkv.split([batch * pos for batch, pos in shapes]), shapes, starts, strict=True
+    ):
+        q, k, v = part.view(batch, pos, 3, cfg.n_heads, cfg.d_head).unbind(2)
+        if cfg.positional_embedding_type == "rotary":
+            q, k = attn.apply_rotary(q), attn.apply_rotary(k)
+        # [batch, pos, head, d_head] -> [batch, head, pos, d_head]
+        q, k, v = q[:, start:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        future = torch.ones(pos, pos, dtype=torch.bool, device=x.device).triu(1)[start:]
+        scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
+        if x.is_cuda:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~future, scale=scale)
+        else:
+            # On CPU the fused kernel's backward takes most of a step at such lengths; three products are faster.
+            scores = (q @ k.transpose(-1, -2)) * scale
+            z = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+        outputs.append(z.transpose(1, 2).reshape(-1, width))
+    return torch.cat(outputs)

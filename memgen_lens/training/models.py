@@ -1,0 +1,190 @@
+"""The one file that builds, saves and loads TransformerLens models.
+
+Does not know how they are trained. TransformerLens' deprecation warnings and log lines stop here: a user of
+memgen_lens can do nothing about them.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from memgen_lens.core.config import ModelConfig
+from memgen_lens.core.errors import ModelError, RunDirectoryError
+from memgen_lens.core.files import damaged, missing, read_json, write_json
+from memgen_lens.core.types import LensModel
+
+
+@contextmanager
+def quiet_transformer_lens() -> Iterator[None]:
+    """Keep TransformerLens' warnings about its own future from the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*HookedTransformer.*", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", module=r"transformer_lens(\..*)?")
+        yield
+
+
+with quiet_transformer_lens():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+
+def build_model(
+    config: ModelConfig, tokenizer: Any, *, n_ctx: int, seed: int, device: str = "cpu"
+) -> HookedTransformer:
+    """A HookedTransformer of random weights over a tokenizer's vocabulary.
+
+    Args:
+        config: Its shape.
+        tokenizer: A Hugging Face tokenizer; the model keeps it.
+        n_ctx: Longest sequence in tokens.
+        seed: Seed of the weights.
+        device: Torch device.
+
+    Returns:
+        The model, in training mode, with ``cfg.default_prepend_bos`` off: a prompt's tokens are the prompt.
+
+    Raises:
+        ModelError: The device is not there.
+    """
+    require_device(device, call="build_model")
+    cfg = HookedTransformerConfig(
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+        n_ctx=n_ctx,
+        d_head=config.d_model // config.n_heads,
+        n_heads=config.n_heads,
+        d_mlp=config.d_mlp,
+        act_fn=config.act_fn,
+        d_vocab=len(tokenizer),
+        normalization_type=config.normalization_type,
+        positional_embedding_type=config.positional_embedding_type,
+        rotary_dim=config.d_model // config.n_heads if config.positional_embedding_type == "rotary" else None,
+        gated_mlp=config.gated_mlp,
+        default_prepend_bos=False,
+        seed=seed,
+        device=device,
+    )
+    return _hooked_transformer(cfg, tokenizer)
+
+
+def save_model(model: HookedTransformer, directory: str | Path) -> Path:
+    """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a directory.
+
+    All three load with plain TransformerLens and transformers:
+    ``HookedTransformer(HookedTransformerConfig.from_dict(config))`` and ``load_state_dict``.
+
+    Raises:
+        RunDirectoryError: The directory cannot be written.
+    """
+    directory = Path(directory)
+    cfg = {name: value for name, value in model.cfg.to_dict().items() if _is_plain(value)}
+    write_json(directory / "config.json", cfg | {"dtype": str(model.cfg.dtype).removeprefix("torch.")})
+    save_tensors(model.state_dict(), directory / "model.safetensors")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(str(directory))
+    return directory
+
+
+def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransformer:
+    """The HookedTransformer that `save_model` or `train` wrote, with its tokenizer, in evaluation mode.
+
+    Args:
+        directory: A folder with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+        device: Torch device.
+
+    Raises:
+        RunDirectoryError: A file is missing or damaged.
+        ModelError: The device is not there.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    directory = Path(directory)
+    require_device(device, call="load_model")
+    config = read_json(directory / "config.json")
+    weights = load_tensors(directory / "model.safetensors")
+    if not (directory / "tokenizer.json").is_file():
+        raise missing(directory / "tokenizer.json")
+    try:
+        cfg = HookedTransformerConfig.from_dict(
+            config | {"device": device, "dtype": getattr(torch, config["dtype"]), "init_weights": False}
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        model = _hooked_transformer(cfg, tokenizer)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise damaged(directory, f"config, weights and tokenizer that do not fit together ({cause})") from None
+    model.cfg.init_weights = config.get("init_weights", True)
+    return model.eval()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write named tensors as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(
+            f"writing {path}",
+            expected="a place that can be written",
+            received=str(error),
+            fix="Free some space, or choose another directory with --out (memgen-lens) or out=.",
+        ) from None
+
+
+def load_tensors(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The named tensors of a safetensors file.
+
+    Raises:
+        RunDirectoryError: The file is missing or damaged.
+    """
+    if not path.is_file():
+        raise missing(path)
+    try:
+        return load_file(path, device=device)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+
+
+def require_device(device: str, *, call: str) -> None:
+    """Refuse a device that torch does not know or the machine does not have.
+
+    Raises:
+        ModelError: Saying which devices there are.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in available:
+        raise ModelError(
+            call,
+            expected=f"a device of this machine ({', '.join(available)})",
+            received=repr(device),
+            fix="Set device (memgen-lens run ...: --train.device) to one of these.",
+        )
+
+
+def _hooked_transformer(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedTransformer:
+    with quiet_transformer_lens():
+        model = HookedTransformer(cfg, tokenizer=tokenizer, default_padding_side="right")
+    assert isinstance(model, LensModel)
+    return model
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a field of TransformerLens' config is data (its functions and types are made anew on loading)."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

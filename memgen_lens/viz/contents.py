@@ -1,0 +1,183 @@
+"""A run directory read back into records, or an error that names the file at fault.
+
+Does not draw or judge what it reads. A stage that says in ``metrics.json`` why it has no figures may lack its
+file; every other file must be there and whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memgen_lens.core.errors import MemgenError, RunDirectoryError
+from memgen_lens.core.files import damaged, missing, read_json, read_jsonl
+from memgen_lens.core.records import (
+    Evaluation,
+    Item,
+    NeuronScores,
+    Outcome,
+    ProbeReport,
+    ProbeScores,
+    SideEffects,
+    SteeringRates,
+    SteeringSetting,
+    SteeringTable,
+    SweepRow,
+)
+from memgen_lens.core.types import Behavior
+
+SCHEMA = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """All that a report shows of one run.
+
+    Attributes:
+        directory: Where it was read from.
+        config: ``config.json`` as it is.
+        metrics: ``metrics.json`` as it is.
+        history: Evaluations of the training.
+        outcomes: One outcome a prompt.
+        pairs: Rows of ``pairs.jsonl``; empty where no prompt flipped.
+        scores: Neuron scores, a site each.
+        probes: The probes' report, or None.
+        sweep: Steering settings tried on ``tune``.
+        shift: Steering by shifting on ``test``, or None.
+        patch: Steering by patching on ``test``, or None.
+        why: By stage (``attribution``, ``probe``, ``steering``, ``shift``, ``patch``), why it has no figures.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    history: tuple[Evaluation, ...]
+    outcomes: tuple[Outcome, ...]
+    pairs: tuple[dict[str, Any], ...]
+    scores: tuple[NeuronScores, ...]
+    probes: ProbeReport | None
+    sweep: tuple[SweepRow, ...]
+    shift: SteeringTable | None
+    patch: SteeringTable | None
+    why: dict[str, str]
+
+
+def read_run(directory: str | Path) -> RunContents:
+    """Read a run directory.
+
+    Args:
+        directory: A directory that a run of memgen_lens wrote.
+
+    Raises:
+        RunDirectoryError: A file is missing, damaged, or of another version of the format.
+    """
+    directory = Path(directory)
+    metrics = _read(directory / "metrics.json", read_json, dict)
+    if metrics.get("schema") != SCHEMA:
+        raise RunDirectoryError(
+            f"reading {directory / 'metrics.json'}",
+            expected=f"schema {SCHEMA}",
+            received=f"schema {metrics.get('schema')}",
+            fix="Read the run with the version of memgen_lens that wrote it (config.json names it).",
+        )
+    why = {name: _why(metrics.get(name)) for name in ("attribution", "probe", "steering")}
+    steering = _optional(directory / "steering.json", why["steering"], read_json, dict) or {}
+    absent = {"why": why["steering"]} if why["steering"] else None
+    tables = {mode: steering.get(mode) or absent for mode in ("shift", "patch")}
+    why |= {mode: _why(table) for mode, table in tables.items()}
+    path = directory / "steering.json"
+    return RunContents(
+        directory=directory,
+        config=_read(directory / "config.json", read_json, dict),
+        metrics=metrics,
+        history=_read(directory / "history.jsonl", read_jsonl, _each(lambda row: Evaluation(**row))),
+        outcomes=_read(directory / "outcomes.jsonl", read_jsonl, _each(_outcome)),
+        pairs=_optional(directory / "pairs.jsonl", why["attribution"], read_jsonl, _each(dict)) or (),
+        scores=_scores(directory, metrics.get("attribution") or {}),
+        probes=_optional(directory / "probes.json", why["probe"], read_json, _probes),
+        sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("layers", ())]),
+        shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
+        patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
+        why={name: text for name, text in why.items() if text},
+    )
+
+
+def _why(block: Any) -> str:
+    """Why a block lacks figures; "" where it gives no reason to."""
+    return str(block.get("why", "")) if block else "This run did not measure it."
+
+
+def _read(path: Path, reader: Callable[[Path], Any], make: Callable[[Any], T]) -> T:
+    return _rebuild(path, make, reader(path))
+
+
+def _optional(path: Path, why: str, reader: Callable[[Path], Any], make: Callable[[Any], T]) -> T | None:
+    """As `_read`, but None for a missing file whose absence is explained."""
+    return None if why and not path.exists() else _read(path, reader, make)
+
+
+def _rebuild(path: Path, make: Callable[[Any], T], value: Any) -> T:
+    """``make(value)``; a value that is not what it should be means that the file at ``path`` is damaged."""
+    try:
+        return make(value)
+    except MemgenError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
+
+
+def _scores(directory: Path, attribution: dict[str, Any]) -> tuple[NeuronScores, ...]:
+    """Scores of every site that ``metrics.json`` names; a site whose block says why may lack its file."""
+    found = []
+    for site, block in attribution.items():
+        path = directory / "scores" / f"{site}.safetensors"
+        if path.exists():
+            found.append(_rebuild(path, NeuronScores.load, path))
+        elif site != "why" and not _why(block):
+            raise missing(path)
+    return tuple(found)
+
+
+def _each(make: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
+    return lambda rows: tuple(make(row) for row in rows)
+
+
+def _outcome(row: Any) -> Outcome:
+    item = Item(row["key"], row["split"], row["prompt"], row["rule_answer"], row["memorized_answer"])
+    return Outcome(item, row["output"], Behavior(row["behavior"]), row["memorized_form"])
+
+
+def _probes(value: Any) -> ProbeReport:
+    scores = {name: _probe_scores(value[name]) for name in ("input_only", "embedding")}
+    lists = {name: tuple(value[name]) for name in ("cv_auroc_by_layer", "learning_curve")}
+    layers = tuple(_probe_scores(row) for row in value["by_layer"])
+    return ProbeReport(**{**value, **scores, **lists, "by_layer": layers, "probes": ()})
+
+
+def _probe_scores(value: Any) -> ProbeScores:
+    intervals = {name: tuple(value[name]) for name in ("auroc_ci95", "accuracy_ci95")}
+    return ProbeScores(**{**value, **intervals})
+
+
+def _table(value: Any) -> SteeringTable:
+    return SteeringTable(
+        setting=SteeringSetting(**value["setting"]),
+        n_neurons_by_layer=tuple(value["n_neurons_by_layer"]),
+        to_generalization=_rates(value["to_generalization"]),
+        to_memorization=_rates(value["to_memorization"]),
+        side_effects=SideEffects(**value["side_effects"]),
+    )
+
+
+def _rates(value: Any) -> SteeringRates:
+    return SteeringRates(**{**value, "examples": tuple(value["examples"])})
+
+
+def _sweep_row(value: Any) -> SweepRow:
+    layers = value["layers"]
+    changed = {
+        "setting": SteeringSetting(**value["setting"]),
+        "layers": None if layers is None else tuple(layers),
+    }
+    return SweepRow(**{**value, **changed})

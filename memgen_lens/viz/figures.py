@@ -1,0 +1,325 @@
+"""Figures: a record goes in, a plotly Figure comes out.
+
+Every figure works on its own in a notebook (``mg.figures.nmd_heatmap(score).show()``) and is what the report
+shows. Does not read files (see `memgen_lens.viz.contents`) and does not compute results: values are drawn as
+recorded.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.records import Evaluation, NeuronScores, Outcome, ProbeReport
+from memgen_lens.core.stats import wilson
+from memgen_lens.core.types import Behavior
+from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
+from memgen_lens.viz.theme import (
+    BEHAVIOR_COLORS,
+    DIVERGING,
+    INK,
+    MUTED,
+    SHARE_AXIS,
+    SITE_COLORS,
+    at_least_one,
+    faded,
+    layer_axis,
+    themed,
+)
+
+__all__ = [
+    "behavior_bars",
+    "learning_curve",
+    "nmd_heatmap",
+    "probe_by_layer",
+    "rho_by_layer",
+    "steering_by_layer",
+    "steering_rates",
+    "steering_sweep",
+    "training_curves",
+]
+
+MAX_COLUMNS = 1024
+"""A heatmap of more neurons than this draws the strongest of each few neighbours: no screen shows more."""
+
+
+def training_curves(
+    history: Sequence[Evaluation], *, loss_axis: Literal["log", "linear"] = "log"
+) -> go.Figure:
+    """Both behaviours over training, with the loss on a second axis.
+
+    The paper monitors both behaviours on a test set while training (arXiv 2412.18497).
+
+    Args:
+        history: Evaluations in the order of their steps.
+        loss_axis: Scale of the loss (nats a labelled token).
+
+    Raises:
+        MemgenError: There are no evaluations.
+    """
+    at_least_one(history, "training_curves(history)", "evaluation")
+    steps = [row.step for row in history]
+    curves = (
+        ("generalization", "generalization (validation)", "generalization", "solid"),
+        ("rephrased_generalization", "generalization (rephrased)", "generalization", "dash"),
+        ("memorization", "memorization (memorized)", "memorization", "solid"),
+    )
+    figure = make_subplots(specs=[[{"secondary_y": True}]])
+    for field, name, behavior, dash in curves:
+        figure.add_scatter(
+            x=steps,
+            y=[getattr(row, field) for row in history],
+            name=name,
+            mode="lines+markers",
+            line={"color": BEHAVIOR_COLORS[behavior], "dash": dash},
+            marker={"size": 5},
+            hovertemplate="%{y:.1%}",
+        )
+    figure.add_scatter(
+        x=steps,
+        y=[row.loss for row in history],
+        name="loss",
+        mode="lines+markers",
+        line={"color": BEHAVIOR_COLORS["other"], "width": 1.5, "dash": "dot"},
+        marker={"size": 4},
+        hovertemplate="%{y:.3g} nats",
+        secondary_y=True,
+    )
+    figure.update_xaxes(title_text="optimizer steps")
+    figure.update_yaxes(title_text="share of prompts", secondary_y=False, **SHARE_AXIS)
+    figure.update_yaxes(
+        title_text="loss (nats a token)",
+        type=loss_axis,
+        showgrid=False,
+        exponentformat="power",
+        nticks=6,
+        secondary_y=True,
+    )
+    return themed(figure, "Both behaviours during training", height=400).update_layout(hovermode="x unified")
+
+
+def behavior_bars(outcomes: Sequence[Outcome | Mapping[str, Any]]) -> go.Figure:
+    """Share of each behaviour on each split, as stacked bars; hovering shows the 95 % Wilson interval.
+
+    Args:
+        outcomes: Outcomes as `observe` gives them, or rows of ``outcomes.jsonl``.
+
+    Raises:
+        MemgenError: There are no outcomes.
+    """
+    at_least_one(outcomes, "behavior_bars(outcomes)", "outcome")
+    rows = [outcome.row() if isinstance(outcome, Outcome) else outcome for outcome in outcomes]
+    known = ["memorized", "rephrased", "heldout"]
+    present = {row["split"] for row in rows}
+    splits = [name for name in known if name in present] + sorted(present - set(known))
+    shown = {name: [row["behavior"] for row in rows if row["split"] == name] for name in splits}
+    labels = [f"{name}<br>n = {len(shown[name]):,}" for name in splits]
+    figure = go.Figure()
+    for behavior in Behavior:
+        rates = [wilson([value == behavior for value in shown[name]]) for name in splits]
+        figure.add_bar(
+            y=labels,
+            x=[rate.rate for rate in rates],
+            orientation="h",
+            name=str(behavior),
+            marker={"color": BEHAVIOR_COLORS[behavior], "line": {"color": "white", "width": 1}},
+            # A label that does not fit into its segment would lie over its neighbour.
+            text=[f"{rate.rate:.0%}" if rate.rate >= 0.06 else "" for rate in rates],
+            textposition="inside",
+            textangle=0,
+            insidetextanchor="middle",
+            textfont={"color": "white"},
+            customdata=[[rate.k, rate.n, *rate.ci95] for rate in rates],
+            hovertemplate=f"{behavior}: %{{x:.1%}} [%{{customdata[2]:.1%}}, %{{customdata[3]:.1%}}]"
+            "<br>%{customdata[0]} of %{customdata[1]}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(autorange="reversed", showline=False, ticks="")
+    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
+    return themed(figure, "Behaviour by kind of prompt", height=150 + 56 * len(splits))
+
+
+def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
+    """Neuron-wise mean difference as a layer x neuron heatmap, the figure of arXiv 2412.18497.
+
+    Colours are centred at zero and saturate at the 99.9 percentile of abs(NMD), so that a few extreme neurons
+    do not whiten the rest; hovering shows the exact values. Above 1,024 neurons a cell is the neuron with the
+    largest abs(NMD) among its neighbours, and hovering names it (the paper's models are narrower).
+
+    Args:
+        scores: Scores of one site.
+        top: Draw only this many neurons, those with the largest abs(NMD) in any layer, in order of index.
+
+    Raises:
+        SettingsError: ``top`` is not between 1 and the number of neurons.
+    """
+    n_layers, n_neurons = scores.nmd.shape
+    if top is not None and not 1 <= top <= n_neurons:
+        raise SettingsError(
+            f"nmd_heatmap(top={top})",
+            expected=f"a number of neurons from 1 to {n_neurons}",
+            received=str(top),
+            fix="Leave top out to draw them all.",
+        )
+    width = 1 if top is not None else -(-n_neurons // MAX_COLUMNS)
+    if top is not None:
+        columns = np.sort(np.argsort(-np.abs(scores.nmd).max(0), kind="stable")[:top])
+        neuron = np.broadcast_to(columns, (n_layers, top))
+    else:
+        neuron = _strongest(scores.nmd, width)
+    nmd, rho, q = (np.take_along_axis(a, neuron, 1) for a in (scores.nmd, scores.rho, scores.q))
+    limit = float(np.quantile(np.abs(scores.nmd), 0.999)) or 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=nmd.astype(np.float32),
+            x=[str(i) for i in neuron[0]] if top is not None else np.arange(neuron.shape[1]) * width,
+            y=np.arange(n_layers),
+            customdata=np.stack([neuron, rho, q], axis=-1).astype(np.float32),
+            colorscale=DIVERGING,
+            zmid=0,
+            zmin=-limit,
+            zmax=limit,
+            colorbar={"title": {"text": "NMD"}, "thickness": 12, "outlinewidth": 0, "nticks": 5},
+            hovertemplate="layer %{y}, neuron %{customdata[0]:d}<br>NMD %{z:.3f}<br>rho %{customdata[1]:.3f}"
+            "<br>q %{customdata[2]:.3g}<extra></extra>",
+        )
+    )
+    unit = "neuron" if width == 1 else f"neuron (strongest of each {width} neighbours)"
+    figure.update_xaxes(
+        title_text=unit, showgrid=False, nticks=12, type="category" if top is not None else "linear"
+    )
+    layer_axis(figure.update_yaxes, n_layers, showgrid=False)
+    title = f"NMD, {escape(scores.site)} ({scores.n_pairs} pairs)"
+    return themed(figure, title, height=min(180 + 26 * n_layers, 720))
+
+
+def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
+    """Abs(rho) of a layer's neurons with the behaviour: largest, 95th percentile and median, a colour a site.
+
+    Args:
+        scores: Scores of one site or of several.
+
+    Raises:
+        MemgenError: There are no scores.
+    """
+    sites = [scores] if isinstance(scores, NeuronScores) else list(scores)
+    at_least_one(sites, "rho_by_layer(scores)", "site")
+    figure = go.Figure()
+    for number, site in enumerate(sites):
+        size = np.abs(site.rho)
+        lines = {
+            "max": size.max(1),
+            "95th pct.": np.quantile(size, 0.95, axis=1),
+            "median": np.median(size, axis=1),
+        }
+        for (name, values), dash in zip(lines.items(), ("solid", "dash", "dot"), strict=True):
+            figure.add_scatter(
+                x=np.arange(len(values)),
+                y=values,
+                name=f"{escape(site.site)} {name}",
+                mode="lines+markers",
+                line={"color": SITE_COLORS[number % len(SITE_COLORS)], "dash": dash},
+                hovertemplate="layer %{x}: %{y:.3f}",
+            )
+    layer_axis(figure.update_xaxes, max(len(site.rho) for site in sites))
+    figure.update_yaxes(title_text="abs(rho)", range=[-0.02, 1.02])
+    return themed(figure, "Correlation with the behaviour, by layer")
+
+
+def probe_by_layer(report: ProbeReport) -> go.Figure:
+    """AUROC of each layer's probe with its 95 % interval, beside the baselines.
+
+    The paper shows the accuracy of one classifier a layer (arXiv 2412.18497); we draw AUROC, which does not
+    depend on a threshold, and add the baselines: the prompt alone, shuffled labels, and the embedding.
+
+    Args:
+        report: Probes of one site, also as rebuilt from ``probes.json``.
+    """
+    n_layers = len(report.by_layer)
+    figure = go.Figure()
+    # Ends a little outside the first and last layer, so that a single layer still gets a line.
+    span = [-0.4, n_layers - 0.6]
+    shuffled = report.shuffled
+    spread = (shuffled.get("low", shuffled["auroc"]), shuffled.get("high", shuffled["auroc"]))
+    baselines = (
+        ("input only", report.input_only.auroc, report.input_only.auroc_ci95, "#7a5195", "dash"),
+        ("embedding", report.embedding.auroc, report.embedding.auroc_ci95, "#009E73", "dashdot"),
+        ("shuffled labels", shuffled["auroc"], spread, MUTED, "dot"),
+    )
+    for name, value, (low, high), color, dash in baselines:
+        figure.add_scatter(
+            x=[*span, *span[::-1]],
+            y=[low, low, high, high],
+            fill="toself",
+            fillcolor=faded(color, 0.12),
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            legendgroup=name,
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=span,
+            y=[value, value],
+            name=name,
+            legendgroup=name,
+            mode="lines",
+            line={"color": color, "dash": dash, "width": 1.5},
+            hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
+        )
+    values = np.array([scores.auroc for scores in report.by_layer])
+    low, high = np.array([scores.auroc_ci95 for scores in report.by_layer]).T
+    figure.add_scatter(
+        x=np.arange(n_layers),
+        y=values,
+        name=f"probe on {escape(report.site)}",
+        mode="lines+markers",
+        line={"color": INK},
+        marker={"size": 8},
+        # A percentile bootstrap interval can miss its estimate; a bar cannot have a negative length.
+        error_y={"array": (high - values).clip(0), "arrayminus": (values - low).clip(0), "thickness": 1.5},
+        customdata=np.stack([low, high], axis=-1),
+        hovertemplate="layer %{x}: %{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra></extra>",
+    )
+    layer_axis(figure.update_xaxes, n_layers)
+    figure.update_yaxes(title_text="AUROC on test pairs")
+    return themed(figure, f"Probe by layer ({report.n_test} test pairs)", height=400)
+
+
+def learning_curve(report: ProbeReport) -> go.Figure:
+    """AUROC of the best layer's probe fitted on fewer pairs (the paper's classifier by amount of data).
+
+    Raises:
+        MemgenError: The report has no learning curve.
+    """
+    at_least_one(report.learning_curve, "learning_curve(report)", "point of a learning curve")
+    figure = go.Figure(
+        go.Scatter(
+            x=[point["n_pairs"] for point in report.learning_curve],
+            y=[point["auroc"] for point in report.learning_curve],
+            mode="lines+markers",
+            line={"color": INK},
+            marker={"size": 8},
+            name=f"layer {report.best_layer}",
+            hovertemplate="%{x} pairs: %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.add_hline(y=0.5, line={"color": MUTED, "dash": "dot", "width": 1.5}, annotation_text="chance")
+    figure.update_xaxes(title_text="pairs the probe was fitted on", rangemode="tozero")
+    figure.update_yaxes(title_text="AUROC on test pairs")
+    title = f"Probe by amount of data ({escape(report.site)}, layer {report.best_layer})"
+    return themed(figure, title, height=340)
+
+
+def _strongest(nmd: Float[np.ndarray, "layer neuron"], width: int) -> Int[np.ndarray, "layer column"]:
+    """Index of the neuron with the largest abs(nmd) among each ``width`` neighbours, layer by layer."""
+    n_layers, n_neurons = nmd.shape
+    n_columns = -(-n_neurons // width)
+    size = np.full((n_layers, n_columns * width), -1.0)
+    size[:, :n_neurons] = np.abs(nmd)
+    return size.reshape(n_layers, n_columns, width).argmax(-1) + np.arange(n_columns) * width

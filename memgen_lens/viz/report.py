@@ -1,0 +1,260 @@
+"""One self-contained HTML report of a run directory, to be opened offline and handed to a colleague.
+
+Does not measure anything: what a run does not hold, the report says is missing, with the run's own reason.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
+
+from memgen_lens.core.files import write_text
+from memgen_lens.core.records import MINIMUM_PAIRS, NeuronScores, Outcome, SteeringTable, SweepRow
+from memgen_lens.core.types import Behavior
+from memgen_lens.viz import figures, wording
+from memgen_lens.viz.contents import RunContents, read_run
+from memgen_lens.viz.steering_figures import gain
+from memgen_lens.viz.theme import BEHAVIOR_COLORS
+
+EXAMPLES = 3
+"""Example prompts shown for each split and behaviour."""
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write ``report.html`` into a run directory, whole or not at all.
+
+    The file holds plotly.js and every figure; nothing is loaded from elsewhere.
+
+    Args:
+        directory: A run directory, as `memgen_lens.run_experiment` writes it.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunDirectoryError: A file of the run is missing or damaged, or the report cannot be written.
+    """
+    run = read_run(directory)
+    path = run.directory / "report.html"
+    write_text(path, render(run))
+    return path
+
+
+def render(run: RunContents) -> str:
+    """The report of a run as HTML."""
+    environment = Environment(
+        loader=PackageLoader("memgen_lens.viz"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": wording.percent,
+        "interval": wording.interval,
+        "number": wording.number,
+        "value": _value,
+        "label": lambda name: str(name).replace("_", " "),
+    }
+    tables = {
+        mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None
+    }
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        title=_title(run),
+        verdict=wording.verdict(run),
+        key_figures=wording.key_figures(run),
+        figures={name: _html(name, figure) for name, figure in _figures(run)},
+        splits=_splits(run),
+        facts=_facts(run),
+        examples=_examples(run.outcomes),
+        sites=[_site(scores) for scores in run.scores],
+        tables=tables,
+        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
+        sweep_rows=_best_rows(run.sweep),
+        minimum_pairs=MINIMUM_PAIRS,
+        settings=_settings(run.config),
+        colors=BEHAVIOR_COLORS,
+        plotlyjs=Markup(get_plotlyjs()),
+    )
+
+
+def _title(run: RunContents) -> str:
+    task = run.config.get("task") or {}
+    name = task.get("name") if isinstance(task, Mapping) else task
+    return str(name or run.metrics.get("preset") or run.directory.name)
+
+
+def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
+    """Every figure that the run has the records for, by the name the template knows."""
+    if run.history:
+        yield "training", figures.training_curves(run.history)
+    if run.outcomes:
+        yield "behavior", figures.behavior_bars(run.outcomes)
+    for scores in run.scores:
+        yield f"nmd-{scores.site}", figures.nmd_heatmap(scores)
+    if run.scores:
+        yield "rho", figures.rho_by_layer(run.scores)
+    if run.probes is not None:
+        yield "probe", figures.probe_by_layer(run.probes)
+        if run.probes.learning_curve:
+            yield "learning", figures.learning_curve(run.probes)
+    for mode, table in (("shift", run.shift), ("patch", run.patch)):
+        if table is not None:
+            yield mode, figures.steering_rates(table)
+    if any(row.layers is None for row in run.sweep):
+        yield "sweep", figures.steering_sweep(run.sweep, chosen=_chosen(run))
+    restricted = [row for row in run.sweep if row.layers is not None]
+    if restricted:
+        yield "layers", figures.steering_by_layer(restricted)
+
+
+def _chosen(run: RunContents) -> Any:
+    """The setting that was swept and chosen: the one whose test results are reported."""
+    swept = {row.setting for row in run.sweep if row.layers is None}
+    return run.shift.setting if run.shift is not None and run.shift.setting in swept else None
+
+
+def _html(name: str, figure: go.Figure) -> Markup:
+    """A figure as a div and the script that draws it; plotly.js itself is in the page once."""
+    config = {
+        "displaylogo": False,
+        "responsive": True,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+    }
+    return Markup(to_html(figure, config, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}"))
+
+
+def _splits(run: RunContents) -> list[dict[str, Any]]:
+    """For each split: n, the rate of each behaviour, and the number of outputs in memorized form."""
+    rows = []
+    for split in dict.fromkeys(outcome.item.split for outcome in run.outcomes):
+        shown = [outcome for outcome in run.outcomes if outcome.item.split == split]
+        rates = {str(behavior): wording.rate_of(run, split, behavior) for behavior in Behavior}
+        rows.append(
+            {"split": split, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)}
+        )
+    return rows
+
+
+def _facts(run: RunContents) -> list[tuple[str, str]]:
+    """What was trained, in a few lines, as far as the settings are the usual ones."""
+    settings = run.config.get("settings") or {}
+    train = settings.get("train") or {}
+    shape = train.get("model") or {}
+    task = run.config.get("task") or settings.get("task") or {}
+    known = ("n_layers", "d_model", "n_heads", "d_mlp", "positional_embedding_type")
+    facts = [
+        ("Task", _listed(task) if isinstance(task, Mapping) else str(task)),
+        ("Model", _listed({name: shape[name] for name in known if name in shape})),
+    ]
+    if run.history:
+        last = run.history[-1]
+        facts.append(("Training", f"{last.step:,} steps, {last.tokens:,} tokens, {last.seconds:,.0f} s"))
+    facts.append(("Stopped because", str(run.config.get("stop_reason") or "")))
+    facts.append(("Seed", str(run.metrics.get("seed", ""))))
+    return [(name, text) for name, text in facts if text]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    rest = [f"{name} {_value(value)}" for name, value in values.items() if name != "name"]
+    return ", ".join([str(values["name"])] * ("name" in values) + rest)
+
+
+def _examples(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The first few prompts of each split and behaviour; ``other`` in memorized form counts apart."""
+    order = {name: place for place, name in enumerate(("memorized", "rephrased", "heldout"))}
+    behaviors = list(Behavior)
+
+    def kind(outcome: Outcome) -> tuple[int, str, int, bool]:
+        split = outcome.item.split
+        form = outcome.behavior == Behavior.OTHER and outcome.memorized_form
+        return order.get(split, len(order)), split, behaviors.index(outcome.behavior), form
+
+    groups = groupby(sorted(outcomes, key=kind), key=kind)
+    return [outcome for _, group in groups for outcome in list(group)[:EXAMPLES]]
+
+
+def _site(scores: NeuronScores) -> dict[str, Any]:
+    """A site's line in the table of neurons: how many differ, and the one that differs most."""
+    layer, neuron = divmod(int(abs(scores.rho).argmax()), scores.rho.shape[1])
+    return {
+        "site": scores.site,
+        "n": scores.rho.size,
+        "fdr": int((scores.q <= 0.05).sum()),
+        "family": int((scores.p_family <= 0.05).sum()),
+        "rho": float(scores.rho[layer, neuron]),
+        "layer": layer,
+        "neuron": neuron,
+    }
+
+
+def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
+    """The numbers of the steering figure: the steered rates, then a line a control, for both directions."""
+    rows = []
+    for side in (table.to_generalization, table.to_memorization):
+        steered = {
+            "rate": side.shift.get("rate"),
+            "ci95": side.shift.get("ci95"),
+            "form": side.memorized_form,
+        }
+        others = {"other": side.other.get("rate"), "stayed": side.stayed.get("rate")}
+        rows.append({"toward": side.toward, "name": "steered", "n": f"{side.n} prompts", **steered, **others})
+        for name, control in side.controls.items():
+            form = control.get("memorized_form") or {}
+            drawn = {"rate": control.get("mean"), "ci95": control.get("ci95"), "why": control.get("why")}
+            form = {"rate": form.get("mean"), "ci95": form.get("ci95")}
+            draws = f"{control['n_draws']} draws" if control.get("n_draws") else ""
+            rows.append({"toward": side.toward, "name": name, "n": draws, "form": form, **drawn})
+    return rows
+
+
+def _best_rows(sweep: Sequence[SweepRow]) -> list[SweepRow]:
+    """For each site, mode and positions, the best row for all layers; the best of all first."""
+    best: dict[tuple[str, str, str], SweepRow] = {}
+    for row in sweep:
+        place = (row.setting.site, row.setting.mode, row.setting.positions)
+        if row.layers is None and (place not in best or gain(row) > gain(best[place])):
+            best[place] = row
+    return sorted(best.values(), key=gain, reverse=True)
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Everything in ``config.json`` as tables of plain lines, whatever its keys are."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for name, value in config.items():
+        inner = value if isinstance(value, Mapping) else {name: value}
+        for key, entry in inner.items():
+            group = f"{name}: {key}" if isinstance(entry, Mapping) else name if inner is value else "run"
+            groups.setdefault(group, []).extend(_lines(entry, "" if isinstance(entry, Mapping) else key))
+    groups.get("run", []).sort()
+    return [
+        (name, [line for line in lines if line[0] != "command"]) for name, lines in groups.items() if lines
+    ]
+
+
+def _lines(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from _lines(entry, f"{name}.{key}".removeprefix("."))
+    else:
+        yield name, value
+
+
+def _value(value: Any) -> str:
+    """A setting as one writes it in a sentence."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "none"
+    return str(value)

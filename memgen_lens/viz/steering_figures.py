@@ -1,0 +1,256 @@
+"""Figures of steering: rates beside their controls, the sweep over settings, and the share of each layer.
+
+Public through `memgen_lens.viz.figures`. Does not choose settings: analysis does, on ``tune``.
+"""
+
+from collections.abc import Sequence
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
+from memgen_lens.core.types import Positions
+from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, at_least_one, sequential, themed
+
+REACHED = {"generalization": "the rule's answer", "memorization": "exact recall"}
+"""What counts as a success of steering, by the behaviour steered towards."""
+
+
+def steering_rates(table: SteeringTable) -> go.Figure:
+    """What steering does on the test pairs, both ways, each rate with its 95 % interval beside the controls.
+
+    The interval of the steered rate is Wilson's; that of a control spans 95 % of its draws. Filled circles
+    are prompts that now give the answer steered towards, open diamonds outputs in the form of a memorized
+    answer, the item's own or not. A control that could not be drawn says why. After the steering results of
+    arXiv 2412.18497, which have one control (random neurons) and no intervals.
+
+    Args:
+        table: Rates of one setting, in shift or in patch mode.
+    """
+    sides = (table.to_generalization, table.to_memorization)
+    figure = make_subplots(
+        rows=2,
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.16,
+        subplot_titles=[f"towards {side.toward} (n = {side.n})" for side in sides],
+    )
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    for row, side in enumerate(sides, start=1):
+        _draw_side(figure, side, row)
+    figure.update_xaxes(**SHARE_AXIS)
+    figure.update_xaxes(title_text="share of prompts", row=2, col=1)
+    height = 190 + 34 * sum(1 + len(side.controls) for side in sides)
+    return themed(figure, f"{table.setting.mode.title()}: {_describe(table.setting)}", height=height)
+
+
+def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
+    """One direction: the steered rates on the first line, a control on each line below."""
+    lines = {"steered": (_point(side.shift, "rate"), _point(side.memorized_form, "rate"))}
+    for name, control in side.controls.items():
+        label = name.replace("_", " ")
+        form = control.get("memorized_form") or {}
+        lines[label] = (_point(control, "mean"), _point(form, "mean"))
+        if control.get("mean") is None:
+            why = wrap(f"not measured: {control.get('why', 'no reason given')}", 60)
+            figure.add_annotation(
+                x=0,
+                y=len(lines) - 1,
+                text="<br>".join(map(escape, why)),
+                showarrow=False,
+                xanchor="left",
+                align="left",
+                font={"size": 12, "color": MUTED},
+                row=row,
+                col=1,
+            )
+    reached, recalled = BEHAVIOR_COLORS[side.toward], BEHAVIOR_COLORS["memorization"]
+    kinds = (
+        (REACHED[side.toward], reached, "circle", -0.14),
+        ("memorized form", recalled, "diamond-open", 0.14),
+    )
+    for kind, (name, color, symbol, shift) in enumerate(kinds):
+        points = [line[kind] for line in lines.values()]
+        drawn = [(y + shift, *point) for y, point in enumerate(points) if point is not None]
+        y, x, low, high = zip(*drawn, strict=True) if drawn else ((), (), (), ())
+        figure.add_scatter(
+            x=x,
+            y=y,
+            name=name,
+            mode="markers",
+            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2}},
+            error_x={
+                "array": [end - value for end, value in zip(high, x, strict=True)],
+                "arrayminus": [value - end for end, value in zip(low, x, strict=True)],
+                "thickness": 2,
+                "width": 5,
+            },
+            customdata=list(zip(low, high, strict=True)),
+            hovertemplate=f"{name}: %{{x:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
+            "<extra></extra>",
+            legendgroup=name,
+            showlegend=row == 1 or kind == 0,
+            row=row,
+            col=1,
+        )
+    figure.update_yaxes(
+        tickvals=list(range(len(lines))),
+        ticktext=[escape(label) for label in lines],
+        range=[len(lines) - 0.5, -0.5],
+        ticks="",
+        row=row,
+        col=1,
+    )
+
+
+def _point(block: dict[str, Any], key: str) -> tuple[float, float, float] | None:
+    """A value and its interval, clipped to hold it; None where the value could not be computed."""
+    value = block.get(key)
+    if value is None:
+        return None
+    low, high = block.get("ci95") or (value, value)
+    return value, min(low, value), max(high, value)
+
+
+def steering_sweep(
+    rows: Sequence[SweepRow],
+    *,
+    chosen: SteeringSetting | None = None,
+    site: str | None = None,
+    positions: Positions | None = None,
+) -> go.Figure:
+    """Success of every fraction x alpha of one site, both ways: the topN x alpha grid of arXiv 2412.18497.
+
+    Three panels: recalling prompts that now give the rule's answer, computing prompts that now give the
+    item's own memorized answer, and computing prompts whose output has the form of one. Patch mode has no
+    alpha and is the last column. Rows restricted to some layers are left to `steering_by_layer`.
+
+    Args:
+        rows: The sweep, of any sites and positions.
+        chosen: The setting that was chosen; framed where it is in the grid.
+        site: Whose rows to draw. Default: that of ``chosen``, else of the row with the largest `gain`.
+        positions: Likewise.
+
+    Raises:
+        MemgenError: There are no rows for all layers.
+        SiteError: None of them is of this site and positions.
+    """
+    whole = [row for row in rows if row.layers is None]
+    at_least_one(whole, "steering_sweep(rows)", "row for all layers")
+    best = max(whole, key=gain).setting
+    wanted = (site or (chosen or best).site, positions or (chosen or best).positions)
+    grid = [row for row in whole if (row.setting.site, row.setting.positions) == wanted]
+    if not grid:
+        known = sorted({f"site={row.setting.site!r}, positions={row.setting.positions!r}" for row in whole})
+        raise SiteError(
+            "steering_sweep(rows)",
+            expected="a site and positions that were swept",
+            received=f"site={wanted[0]!r}, positions={wanted[1]!r}",
+            fix=suggest(f"site={wanted[0]!r}, positions={wanted[1]!r}", known),
+        )
+    alphas = sorted({row.setting.alpha for row in grid}, key=lambda alpha: (alpha is None, alpha))
+    fractions = sorted({row.setting.top_fraction for row in grid})
+    found = {(row.setting.top_fraction, row.setting.alpha): row for row in grid}
+    panels = (
+        ("to_generalization", "towards generalization: the rule's answer", "generalization"),
+        ("to_memorization", "towards memorization: exact recall", "memorization"),
+        ("memorized_form", "towards memorization: memorized form", "memorization"),
+    )
+    figure = make_subplots(
+        rows=3,
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.09,
+        subplot_titles=[title for _, title, _ in panels],
+    )
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    for number, (field, title, behavior) in enumerate(panels, start=1):
+        cells = [[found.get((fraction, alpha)) for alpha in alphas] for fraction in fractions]
+        figure.add_heatmap(
+            z=[[None if cell is None else getattr(cell, field) for cell in line] for line in cells],
+            x=["patch" if alpha is None else f"{alpha:g}" for alpha in alphas],
+            y=[f"{100 * fraction:g} %" for fraction in fractions],
+            customdata=[[_others(cell) for cell in line] for line in cells],
+            colorscale=sequential(BEHAVIOR_COLORS[behavior]),
+            zmin=0,
+            zmax=1,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            texttemplate="%{z:.0%}",
+            hovertemplate=f"{title.split(': ')[1]}: %{{z:.1%}}<br>alpha %{{x}}, top %{{y}} of neurons"
+            "<br>other: %{customdata[0]:.1%} / %{customdata[1]:.1%} (to generalization / memorization)"
+            "<extra></extra>",
+            row=number,
+            col=1,
+        )
+        if chosen is not None and (chosen.top_fraction, chosen.alpha) in found and wanted == _place(chosen):
+            x, y = alphas.index(chosen.alpha), fractions.index(chosen.top_fraction)
+            frame = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
+            figure.add_shape(type="rect", **frame, line={"width": 3, "color": INK}, row=number, col=1)
+    figure.update_xaxes(type="category", showgrid=False, ticks="")
+    figure.update_yaxes(type="category", showgrid=False, ticks="", title_text="top fraction")
+    figure.update_xaxes(title_text="alpha (multiples of abs(NMD))", row=3, col=1)
+    title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” (n = {grid[0].n})"
+    return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
+
+
+def gain(row: SweepRow) -> float:
+    """Shift rate minus rate of ``other``, summed over both directions: what a setting is chosen by, in [-2, 2].
+
+    Towards memorization, an output in memorized form counts as shifted.
+    """
+    towards_generalization = row.to_generalization - row.to_generalization_other
+    return towards_generalization + row.memorized_form - row.to_memorization_other
+
+
+def _place(setting: SteeringSetting) -> tuple[str, str]:
+    return setting.site, setting.positions
+
+
+def _others(row: SweepRow | None) -> list[float | None]:
+    return [None, None] if row is None else [row.to_generalization_other, row.to_memorization_other]
+
+
+def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
+    """What is left of steering when it is restricted to some layers: which layers matter.
+
+    Args:
+        rows: Sweep rows of one setting, each restricted to other layers; a row for all layers is drawn last.
+
+    Raises:
+        MemgenError: There are no rows.
+    """
+    at_least_one(rows, "steering_by_layer(rows)", "row")
+    ordered = sorted(rows, key=lambda row: (row.layers is None, row.layers))
+    labels = ["all" if row.layers is None else ", ".join(map(str, row.layers)) for row in ordered]
+    bars = (
+        ("to_generalization", "to generalization: the rule's answer", "generalization", ""),
+        ("to_memorization", "to memorization: exact recall", "memorization", ""),
+        ("memorized_form", "to memorization: memorized form", "memorization", "/"),
+    )
+    figure = go.Figure()
+    for field, name, behavior, pattern in bars:
+        figure.add_bar(
+            x=labels,
+            y=[getattr(row, field) for row in ordered],
+            name=name,
+            marker={
+                "color": BEHAVIOR_COLORS[behavior],
+                "pattern": {"shape": pattern, "fillmode": "replace", "fgcolor": BEHAVIOR_COLORS[behavior]},
+            },
+            hovertemplate=f"layers %{{x}}: %{{y:.1%}}<extra>{name}</extra>",
+        )
+    figure.update_xaxes(title_text="layers steered", type="category")
+    figure.update_yaxes(title_text="share of prompts", **SHARE_AXIS)
+    return themed(figure, f"Steering by layer: {_describe(ordered[0].setting)}", height=400)
+
+
+def _describe(setting: SteeringSetting) -> str:
+    """A setting in a few words."""
+    alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
+    return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}"

@@ -1,0 +1,216 @@
+"""The numbers of a run in plain words: the verdict, the key figures, and how shares are written.
+
+Says only what the numbers carry: a result that its control or baseline also reaches is called that. Does not
+make HTML; what it returns is plain text, which the template escapes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable
+from memgen_lens.core.stats import Rate, wilson
+from memgen_lens.viz.contents import RunContents
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One number of the report's first row.
+
+    Attributes:
+        label: What it is.
+        value: The number, or a dash.
+        detail: Its interval and n.
+        beside: What to compare it with, or why it is missing.
+    """
+
+    label: str
+    value: str
+    detail: str
+    beside: str
+
+
+def percent(share: float | None) -> str:
+    """A share as ``97.1 %`` (no decimal where there is none to show), with a space that does not break."""
+    return UNKNOWN if share is None else f"{100 * share:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
+
+
+def interval(ends: Any, *, shares: bool = True) -> str:
+    """A 95 % interval as ``[95.9, 98.0]`` in per cent, or as it is."""
+    if ends is None:
+        return ""
+    low, high = ends
+    return f"[{100 * low:.1f}, {100 * high:.1f}]" if shares else f"[{low:.3f}, {high:.3f}]"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed digits, or a dash."""
+    return UNKNOWN if value is None else f"{value:.{digits}f}"
+
+
+def rate_of(run: RunContents, split: str, behavior: str) -> Rate | None:
+    """Share of a split's prompts that show a behaviour; None where none was asked."""
+    shown = [outcome.behavior for outcome in run.outcomes if outcome.item.split == split]
+    return wilson([value == behavior for value in shown]) if shown else None
+
+
+def describe(setting: SteeringSetting) -> str:
+    """A steering setting in words."""
+    alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
+    return f"the top {100 * setting.top_fraction:g} % of {setting.site} neurons{alpha}"
+
+
+def verdict(run: RunContents) -> str:
+    """One paragraph: what the model does, whether its insides tell, and whether it can be switched."""
+    sentences = [_behavior(run), _rephrased(run), _probe(run), *_steering(run)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _behavior(run: RunContents) -> str:
+    heldout = rate_of(run, "heldout", "generalization")
+    memorized = rate_of(run, "memorized", "memorization")
+    if heldout is None or memorized is None:
+        return "This run did not ask both held-out and memorized prompts."
+    text = (
+        f"This model answers {percent(heldout.rate)} of {heldout.n:,} held-out prompts by the rule and "
+        f"recalls {percent(memorized.rate)} of its {memorized.n:,} memorized prompts exactly."
+    )
+    if min(heldout.rate, memorized.rate) < 0.5:
+        text += (
+            " It does not show both behaviours, so the rest of this report says little about how they part."
+        )
+    return text
+
+
+def _rephrased(run: RunContents) -> str:
+    rephrased = rate_of(run, "rephrased", "generalization")
+    flips = run.metrics.get("behavior", {}).get("flip_rate")
+    if rephrased is None or flips is None:
+        return ""
+    n_pairs = run.metrics.get("pairs", {}).get("n")
+    pairs = "" if n_pairs is None else f", which gives {n_pairs:,} pairs"
+    return (
+        f"When these are rephrased it generalizes on {percent(rephrased.rate)}; {percent(flips)} of the "
+        f"items flip{pairs}."
+    )
+
+
+def _probe(run: RunContents) -> str:
+    if run.probes is None:
+        return f"Nothing could be predicted: {run.why['probe'].rstrip('.')}." if "probe" in run.why else ""
+    best, prompt = run.probes.best, run.probes.input_only
+    text = (
+        f"From its {run.probes.site} activations at layer {run.probes.best_layer}, before the first answer "
+        f"token, a linear probe tells memorization from generalization with AUROC {number(best.auroc)} "
+        f"{interval(best.auroc_ci95, shares=False)}; the prompt alone gives {number(prompt.auroc)}"
+    )
+    if best.auroc_ci95[0] > prompt.auroc_ci95[1]:
+        return f"{text}, so the activations tell more than the wording does."
+    return f"{text}, so the activations are not shown to tell more than the wording does."
+
+
+def _steering(run: RunContents) -> list[str]:
+    table = run.shift
+    if table is None:
+        if "probe" in run.why and run.why.get("shift") == run.why["probe"]:
+            return ["Nothing could be steered, for the same reason."]
+        return [f"Nothing could be steered: {run.why['shift'].rstrip('.')}."] if "shift" in run.why else []
+    there, back = table.to_generalization, table.to_memorization
+    sentences = [
+        f"Shifting {describe(table.setting)} turns {_with_interval(there.shift)} of the {there.n} test prompts "
+        f"that it recalled into the rule's answer{_beside_controls(there)}.",
+        f"The other way, {_with_interval(back.shift)} of {back.n} become exact recall and "
+        f"{percent(back.memorized_form.get('rate'))} take the form of a memorized answer"
+        f"{_beside_controls(back)}.",
+        _side_effects(table),
+    ]
+    return sentences
+
+
+def _with_interval(share: dict[str, Any]) -> str:
+    return f"{percent(share.get('rate'))} {interval(share.get('ci95'))}".strip()
+
+
+def strongest_control(rates: SteeringRates) -> tuple[str, dict[str, Any]] | None:
+    """The control with the largest mean, or None where no control could be drawn."""
+    drawn = {name: control for name, control in rates.controls.items() if control.get("mean") is not None}
+    return max(drawn.items(), key=lambda pair: pair[1]["mean"]) if drawn else None
+
+
+def _beside_controls(rates: SteeringRates) -> str:
+    """The strongest control, and whether it explains the shift away."""
+    strongest = strongest_control(rates)
+    if strongest is None or rates.shift.get("ci95") is None:
+        return ""
+    name, control = strongest
+    text = f" (strongest control, {name.replace('_', ' ')}: {percent(control['mean'])})"
+    return (
+        text if rates.shift["ci95"][0] > control["ci95"][1] else f"{text}, no more than that control explains"
+    )
+
+
+def _side_effects(table: SteeringTable) -> str:
+    effects = table.side_effects
+    before, after = effects.heldout_generalization, effects.heldout_generalization_steered
+    if before is None or after is None:
+        return f"Side effects were not measured: {effects.why.rstrip('.')}." if effects.why else ""
+    kl = "" if effects.kl_nats is None else f" (KL divergence {effects.kl_nats:.3f} nats)"
+    change = f"from {percent(before)} to {percent(after)}{kl}"
+    return f"On held-out prompts the same shift takes generalization {change}."
+
+
+def key_figures(run: RunContents) -> list[KeyFigure]:
+    """The report's first row of numbers, each with n and its interval where it has one."""
+    return [
+        _share(
+            "Held-out generalization", rate_of(run, "heldout", "generalization"), "prompts never trained on"
+        ),
+        _share("Exact recall", rate_of(run, "memorized", "memorization"), "memorized prompts, as trained"),
+        _flip_rate(run),
+        _probe_figure(run),
+        _steered(
+            "Steered to generalization", "rule's answer", run, run.shift and run.shift.to_generalization
+        ),
+        _steered("Steered to memorization", "exact recall", run, run.shift and run.shift.to_memorization),
+    ]
+
+
+def _share(label: str, rate: Rate | None, beside: str) -> KeyFigure:
+    if rate is None:
+        return KeyFigure(label, UNKNOWN, "", "not asked in this run")
+    return KeyFigure(label, percent(rate.rate), f"{interval(rate.ci95)}, n = {rate.n:,}", beside)
+
+
+def _flip_rate(run: RunContents) -> KeyFigure:
+    block, pairs = run.metrics.get("behavior") or {}, run.metrics.get("pairs") or {}
+    flips = block.get("flip_rate")
+    asked = rate_of(run, "memorized", "memorization")
+    items = "" if asked is None else f"of {asked.n:,} items"
+    if flips is None:
+        return KeyFigure("Flip rate", UNKNOWN, "", str(block.get("why", "not measured")))
+    shares = " / ".join(str(pairs.get(name, UNKNOWN)) for name in ("select", "tune", "test"))
+    return KeyFigure("Flip rate", percent(flips), items, f"pairs: {shares} select / tune / test")
+
+
+def _probe_figure(run: RunContents) -> KeyFigure:
+    label = "Probe AUROC"
+    if run.probes is None:
+        return KeyFigure(label, UNKNOWN, "", run.why.get("probe", "not measured"))
+    best = run.probes.best
+    detail = f"{interval(best.auroc_ci95, shares=False)}, n = {run.probes.n_test} pairs"
+    place = f"{run.probes.site}, layer {run.probes.best_layer}"
+    return KeyFigure(
+        label, number(best.auroc), detail, f"{place}; input only {number(run.probes.input_only.auroc)}"
+    )
+
+
+def _steered(label: str, what: str, run: RunContents, rates: SteeringRates | None) -> KeyFigure:
+    if rates is None:
+        return KeyFigure(label, UNKNOWN, "", run.why.get("shift", "not measured"))
+    strongest = strongest_control(rates)
+    beside = "no control" if strongest is None else f"strongest control {percent(strongest[1]['mean'])}"
+    if rates.toward == "memorization":
+        beside = f"memorized form {percent(rates.memorized_form.get('rate'))}; {beside}"
+    detail = f"{interval(rates.shift.get('ci95'))}, n = {rates.n}".removeprefix(", ")
+    return KeyFigure(f"{label}: {what}", percent(rates.shift.get("rate")), detail, beside)
