@@ -1,0 +1,100 @@
+"""Is this model recalling or computing, which neurons make the difference, and can we switch it?
+
+A plugin on TransformerLens, after arXiv 2412.18497. Import it as ``import memgen_lens as mg``; torch is imported when
+a name that needs it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from memgen_lens import tasks
+from memgen_lens.core.config import AnalysisConfig, ModelConfig, TrainConfig
+from memgen_lens.core.errors import MemgenError
+from memgen_lens.core.types import Behavior
+from memgen_lens.presets import PRESETS as presets
+from memgen_lens.presets import ExperimentConfig
+
+if TYPE_CHECKING:
+    from memgen_lens.analysis import (
+        Steering,
+        attribute,
+        choose_setting,
+        collect_pairs,
+        evaluate_steering,
+        fit_probes,
+        record,
+        sweep_steering,
+    )
+    from memgen_lens.behavior import complete, observe
+    from memgen_lens.core.pairs import PromptPairs
+    from memgen_lens.core.records import NeuronScores
+    from memgen_lens.experiment import run_experiment
+    from memgen_lens.training import load_model, save_model, train
+    from memgen_lens.viz import figures
+    from memgen_lens.viz.report import write_report
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "PromptPairs": "memgen_lens.core.pairs",
+    "NeuronScores": "memgen_lens.core.records",
+    "Steering": "memgen_lens.analysis",
+    "attribute": "memgen_lens.analysis",
+    "choose_setting": "memgen_lens.analysis",
+    "collect_pairs": "memgen_lens.analysis",
+    "complete": "memgen_lens.behavior",
+    "evaluate_steering": "memgen_lens.analysis",
+    "figures": "memgen_lens.viz",
+    "fit_probes": "memgen_lens.analysis",
+    "load_model": "memgen_lens.training",
+    "observe": "memgen_lens.behavior",
+    "record": "memgen_lens.analysis",
+    "run_experiment": "memgen_lens.experiment",
+    "save_model": "memgen_lens.training",
+    "sweep_steering": "memgen_lens.analysis",
+    "train": "memgen_lens.training",
+    "write_report": "memgen_lens.viz.report",
+}
+
+__all__ = [
+    "AnalysisConfig",
+    "Behavior",
+    "ExperimentConfig",
+    "MemgenError",
+    "ModelConfig",
+    "NeuronScores",
+    "PromptPairs",
+    "Steering",
+    "TrainConfig",
+    "attribute",
+    "choose_setting",
+    "collect_pairs",
+    "complete",
+    "evaluate_steering",
+    "figures",
+    "fit_probes",
+    "load_model",
+    "observe",
+    "presets",
+    "record",
+    "run_experiment",
+    "save_model",
+    "sweep_steering",
+    "tasks",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    value = import_module(f"{_LAZY[name]}.{name}") if name == "figures" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

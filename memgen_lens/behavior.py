@@ -13,13 +13,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
 
 from memgen_lens.core.errors import ModelError
-from memgen_lens.core.records import Item, Outcome
+from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.types import LensModel, Split
 
 
-def observe(
-    model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048
-) -> list[Outcome]:
+def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048) -> list[Outcome]:
     """What a model answers to every prompt of a task's split.
 
     Args:
@@ -38,9 +36,7 @@ def observe(
     return observe_items(model, task, task.items(split), batch_size=batch_size)
 
 
-def observe_items(
-    model: LensModel, task: Any, items: Sequence[Item], *, batch_size: int = 2048
-) -> list[Outcome]:
+def observe_items(model: LensModel, task: Any, items: Sequence[Item], *, batch_size: int = 2048) -> list[Outcome]:
     """What a model answers to the prompts of some items; see `observe`."""
     outputs = complete(
         model, [item.prompt for item in items], max_new_tokens=task.max_answer_tokens, batch_size=batch_size
@@ -51,9 +47,7 @@ def observe_items(
     ]
 
 
-def complete(
-    model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 2048
-) -> list[str]:
+def complete(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 2048) -> list[str]:
     """Greedy completions of prompts, without the prompt and the end-of-text token.
 
     Prompts are grouped by their length in tokens rather than padded, so that a batch gives each prompt what it would
@@ -93,8 +87,8 @@ def by_length(
     tokens, lengths = _tokenize(model, prompts)
     batches = []
     for length in torch.unique(lengths).tolist():
-        for index in (lengths == length).nonzero().flatten().split(batch_size):
-            batches.append((index.tolist(), tokens[index.to(tokens.device), :length]))
+        same = (lengths == length).nonzero().flatten().split(batch_size)
+        batches += [(index.tolist(), tokens[index.to(tokens.device), :length]) for index in same]
     return batches
 
 
@@ -183,7 +177,7 @@ def require_same_device(model: LensModel, tokens: Tensor) -> None:
     Raises:
         ModelError: Saying where each is.
     """
-    weights = next(iter(model.parameters()), tokens)  # type: ignore[attr-defined]
+    weights = next(iter(model.parameters()), tokens)
     if weights.device.type != tokens.device.type:
         raise ModelError(
             "running the model",

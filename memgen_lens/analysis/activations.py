@@ -14,7 +14,8 @@ from transformer_lens.utils import get_act_name
 
 from memgen_lens.behavior import by_length
 from memgen_lens.core.errors import SiteError, suggest
-from memgen_lens.core.records import Activations, PromptPairs, SiteActivations
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.types import LensModel
 
 LAYER_SITES = (
@@ -37,9 +38,7 @@ MODEL_SITES = ("embed", "pos_embed", "ln_final")
 """Short names of sites outside the blocks: one layer."""
 
 
-def record(
-    model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int = 2048
-) -> Activations:
+def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int = 2048) -> Activations:
     """Activations of both prompts of every pair at the answer position.
 
     No cache of the model is made: a hook keeps the last position of the sites asked for, batch by batch, and the
@@ -95,9 +94,7 @@ def record(
 
 
 @torch.inference_mode()
-def last_position(
-    model: LensModel, tokens: Any, hooks: Sequence[str]
-) -> dict[str, Float[Tensor, "batch neuron"]]:
+def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[str, Float[Tensor, "batch neuron"]]:
     """What the hook points give at the last position of some prompts, heads flattened."""
     kept: dict[str, Tensor] = {}
 
@@ -151,7 +148,9 @@ def site_hooks(model: LensModel, site: str) -> list[str]:
 def _stop_layer(model: LensModel, hooks: Sequence[str]) -> int | None:
     """The first block that no hook needs; None where a hook lies behind the blocks."""
     layers = [int(hook.split(".")[1]) if hook.startswith("blocks.") else -1 for hook in hooks]
-    behind = any(layer < 0 and hook not in ("hook_embed", "hook_pos_embed") for hook, layer in zip(hooks, layers, strict=True))
+    behind = any(
+        layer < 0 and hook not in ("hook_embed", "hook_pos_embed") for hook, layer in zip(hooks, layers, strict=True)
+    )
     # Stopping before the last block's end would save nothing but the unembedding; where hooks lie behind it, run on.
     return None if behind else max(layers) + 1
 

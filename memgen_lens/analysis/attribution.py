@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from memgen_lens.core.errors import PairsError, SettingsError
-from memgen_lens.core.records import Activations, NeuronScores, PairSplit
+from memgen_lens.core.pairs import PairSplit
+from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
 
 PAIRS_A_BLOCK = 1024

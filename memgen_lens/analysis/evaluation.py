@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from memgen_lens.analysis.steering import Steering, steered, steered_outputs
+from memgen_lens.analysis.steering import Steering, steered_outputs
 from memgen_lens.behavior import by_length, complete, observe_items
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.records import Item, PairSplit, PromptPairs, SideEffects, SteeringRates, SteeringTable
+from memgen_lens.core.items import Item
+from memgen_lens.core.pairs import PairSplit, PromptPairs
+from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
 
@@ -62,7 +64,10 @@ def evaluate_steering(
     """
     if n_controls < 20:
         raise SettingsError(
-            "evaluate_steering", expected="n_controls of at least 20", received=str(n_controls), fix="Raise it."
+            "evaluate_steering",
+            expected="n_controls of at least 20",
+            received=str(n_controls),
+            fix="Raise it.",
         )
     index = pairs.of(split)
     judge = Judge.of(model, task, pairs, batch_size=batch_size)
@@ -182,7 +187,12 @@ def _rates(
         other=_plain(wilson([b is Behavior.OTHER for b in behaviors[0]])),
         controls=table,
         examples=tuple(
-            {"prompt": item.prompt, "before": str(getattr(item, before)), "after": output, "behavior": str(behavior)}
+            {
+                "prompt": item.prompt,
+                "before": str(getattr(item, before)),
+                "after": output,
+                "behavior": str(behavior),
+            }
             for item, output, behavior in list(zip(items, outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]
         ),
     )
@@ -214,14 +224,21 @@ def _control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator)
 def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_size: int) -> SideEffects:
     """Accuracy and next-token distribution on held-out generic prompts, unsteered and steered."""
     if task is None or steer.setting.mode == "patch":
-        why = "a user's pairs name no held-out prompts" if task is None else "held-out prompts have no pair to patch from"
+        why = (
+            "a user's pairs name no held-out prompts" if task is None else "held-out prompts have no pair to patch from"
+        )
         return SideEffects(0, None, None, None, None, why)
     items = task.items("heldout")
     prompts = [item.prompt for item in items]
 
     def accuracy(toward: Direction) -> Rate:
         outputs = steered_outputs(
-            model, prompts, [steer], toward=toward, max_new_tokens=task.max_answer_tokens, batch_size=batch_size
+            model,
+            prompts,
+            [steer],
+            toward=toward,
+            max_new_tokens=task.max_answer_tokens,
+            batch_size=batch_size,
         )[0]
         return wilson([task.classify(i, o) is Behavior.GENERALIZATION for i, o in zip(items, outputs, strict=True)])
 
@@ -236,9 +253,7 @@ def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_
 
 
 @torch.inference_mode()
-def _kl(
-    model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size: int
-) -> Float[np.ndarray, " prompt"]:
+def _kl(model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size: int) -> Float[np.ndarray, " prompt"]:
     """KL(unsteered || steered towards generalization) of the next-token distribution, in nats, one a prompt."""
     divergences = []
     for _, tokens in by_length(model, prompts, batch_size=batch_size):

@@ -6,7 +6,7 @@ Does not know activations.
 from typing import Any
 
 from memgen_lens.behavior import observe, observe_items
-from memgen_lens.core.records import PromptPairs, split_items
+from memgen_lens.core.pairs import PromptPairs, split_items
 from memgen_lens.core.types import Behavior, LensModel
 
 

@@ -101,9 +101,7 @@ def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
         )
 
 
-def fit_probe(
-    features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"]
-) -> Pipeline:
+def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"]) -> Pipeline:
     """One probe on any features: ``StandardScaler`` + ``LogisticRegression``.
 
     Args:
@@ -144,7 +142,7 @@ def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:
         cv=GroupKFold(min(5, n_items)),
         method="decision_function",
     )
-    return auroc(data.labels[data.train], decision)
+    return auroc(data.labels[data.train], np.asarray(decision))
 
 
 def _shuffled(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> dict[str, float]:

@@ -25,8 +25,8 @@ class Steering:
     """Which neurons of one site are changed, and to what.
 
     Two modes. ``"shift"`` (arXiv 2412.18497 v2, sec. 5): ``h_i <- h_i + s * alpha * sign(rho_i) * abs(nmd_i)`` with
-    ``s = +1`` towards memorization and ``-1`` towards generalization. ``"patch"``: the neurons take the values they have
-    at the answer position of the paired prompt (activation patching restricted to neurons).
+    ``s = +1`` towards memorization and ``-1`` towards generalization. ``"patch"``: the neurons take the values they
+    have at the answer position of the paired prompt (activation patching restricted to neurons).
 
     Attributes:
         setting: What was asked for.
@@ -168,13 +168,16 @@ def steered(
     """
     if toward not in ("generalization", "memorization"):
         raise SettingsError(
-            "steering", expected="toward='generalization' or 'memorization'", received=repr(toward), fix="Choose one."
+            "steering",
+            expected="toward='generalization' or 'memorization'",
+            received=repr(toward),
+            fix="Choose one.",
         )
     first = steerings[0]
     hooks = site_hooks(model, first.setting.site)
     if len(hooks) != len(first.selected):
         raise _wrong_shape(first.setting.site, f"{len(first.selected)} layers", f"{len(hooks)}")
-    device = next(iter(model.parameters())).device  # type: ignore[attr-defined]
+    device = next(iter(model.parameters())).device
     sign = 1.0 if toward == "memorization" else -1.0
     changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
 
@@ -203,7 +206,7 @@ def steered(
 
         return steer
 
-    with model.hooks(fwd_hooks=[(hooks[layer], hook_of(layer)) for layer in changed]):
+    with model.hooks(fwd_hooks=[(hooks[layer], hook_of(layer)) for layer in changed.tolist()]):
         yield
 
 
@@ -253,7 +256,10 @@ def steered_outputs(
                     prompt_length=tokens.shape[1],
                 ):
                     new = greedy_tokens(
-                        model, tokens.repeat(len(block), 1), max_new_tokens=max_new_tokens, use_cache=use_cache
+                        model,
+                        tokens.repeat(len(block), 1),
+                        max_new_tokens=max_new_tokens,
+                        use_cache=use_cache,
                     )
                 texts = iter(decode(model, new))
                 for i in block:
@@ -280,9 +286,7 @@ def _shift(shifts: Float[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor
     return change
 
 
-def _patch(
-    rows: Float[Tensor, "pair neuron"], masks: Bool[Tensor, "setting neuron"]
-) -> Callable[[Tensor], Tensor]:
+def _patch(rows: Float[Tensor, "pair neuron"], masks: Bool[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor]:
     def change(h: Tensor) -> Tensor:
         blocks = _blocks(h, len(masks))  # [setting, pair, pos, neuron]
         if blocks.shape[1] != len(rows):
@@ -300,7 +304,10 @@ def _patch(
 def _blocks(h: Float[Tensor, "row pos neuron"], n: int) -> Float[Tensor, "setting block pos neuron"]:
     if len(h) % n:
         raise ModelError(
-            "steering", expected=f"a batch in {n} equal blocks", received=f"{len(h)} rows", fix="Repeat the prompts."
+            "steering",
+            expected=f"a batch in {n} equal blocks",
+            received=f"{len(h)} rows",
+            fix="Repeat the prompts.",
         )
     return h.unflatten(0, (n, -1))
 

@@ -11,7 +11,8 @@ import numpy as np
 from memgen_lens.analysis.evaluation import Judge
 from memgen_lens.analysis.steering import Steering, steered_outputs
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.records import Activations, NeuronScores, PairSplit, PromptPairs, SweepRow
+from memgen_lens.core.pairs import PairSplit, PromptPairs
+from memgen_lens.core.records import Activations, NeuronScores, SweepRow
 from memgen_lens.core.types import Behavior, Direction, LensModel, Positions
 
 
@@ -66,9 +67,7 @@ def sweep_steering(
         )
     combinations = [
         (
-            Steering.from_scores(
-                score, fraction, alpha, mode=mode, source=source, layers=chosen, positions=position
-            ),
+            Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=chosen, positions=position),
             None if chosen is None else tuple(chosen),
         )
         for score in sites
@@ -117,12 +116,13 @@ def sweep_steering(
 
 
 def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
-    """The row with the largest shift rate minus the rate of other outputs, summed over both directions.
+    """The setting with the largest shift rate minus the rate of other outputs, summed over both directions.
 
     Towards memorization, an output in memorized form counts as shifted: where the memorized answers are random
     strings, one shift shared by all prompts cannot carry which string is whose, and exact recall would choose nothing.
-    (Where the answers have no form of their own, form and exact recall are the same thing to `SweepRow`.) Among equals
-    the gentlest is chosen: the smallest fraction times alpha.
+    (Where the answers have no form of their own, form and exact recall are the same thing to `SweepRow`.) Settings
+    within one prompt of the best in either direction count as equals, and among equals the gentlest is chosen, the
+    smallest fraction times alpha: a harder push than needed is what makes controls and side effects worse.
 
     Raises:
         SettingsError: There are no rows.
@@ -133,6 +133,8 @@ def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     def gain(row: SweepRow) -> float:
         towards_computing = row.to_generalization - row.to_generalization_other
         towards_recall = row.memorized_form - row.to_memorization_other
-        return round(towards_computing + towards_recall, 9)
+        return towards_computing + towards_recall
 
-    return max(rows, key=lambda row: (gain(row), -row.setting.top_fraction * (row.setting.alpha or 1.0)))
+    best = max(map(gain, rows))
+    equals = [row for row in rows if gain(row) >= best - 2 / row.n - 1e-9]
+    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -gain(row)))

@@ -146,13 +146,13 @@ class TrainConfig(Settings):
     target_generalization: float = Field(0.97, ge=0, le=1)
     """Training may stop once this share of validation prompts is answered by the rule ..."""
     target_memorization: float = Field(0.99, ge=0, le=1)
-    """... and this share of memorized prompts is recalled exactly (the paper's rule: keep the model once it shows both)."""
+    """... and this share of memorized prompts is recalled exactly (the paper keeps a model once it shows both)."""
     eval_every: int = Field(100, ge=1)
     """Steps between two measurements of both behaviours."""
     checkpoint_every: int = Field(500, ge=1)
     """Steps between two checkpoints (written only where the run has a directory)."""
     precision: Literal["float32", "auto"] = "auto"
-    """"auto": bf16 autocast where the processor multiplies bf16 natively, else float32. Parameters and optimizer are float32 always."""
+    """bf16 autocast where the processor multiplies bf16 natively ("auto"), or float32; weights are float32 always."""
     device: str = "cpu"
     """Torch device to train on, e.g. "cpu" or "cuda"."""
     seed: int = Field(0, ge=0)

@@ -14,7 +14,7 @@ d_vocab   tokens of the vocabulary
 ========= =====================================================================
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -53,20 +53,22 @@ class LensModel(Protocol):
         """Hook points by full name."""
         ...
 
-    def hooks(
-        self, fwd_hooks: list[tuple[Any, Callable[..., Any]]] = ...
-    ) -> AbstractContextManager[Any]:
+    def hooks(self, fwd_hooks: list[tuple[Any, Callable[..., Any]]] = ...) -> AbstractContextManager[Any]:
         """Set hooks and remove them on leaving, also after an exception."""
         ...
 
-    def to_tokens(self, input: Any, **kwargs: Any) -> Any:
+    def to_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Strings to tokens, ``[batch, pos]``."""
         ...
 
-    def generate(self, input: Any, **kwargs: Any) -> Any:
+    def generate(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Complete tokens, ``[batch, pos] -> [batch, pos + new]``."""
         ...
 
-    def __call__(self, input: Any, **kwargs: Any) -> Any:
+    def parameters(self) -> Iterator[Any]:
+        """The model's weights."""
+        ...
+
+    def __call__(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens ``[batch, pos]`` to logits ``[batch, pos, d_vocab]``."""
         ...

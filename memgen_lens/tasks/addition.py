@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from memgen_lens.core.errors import TaskError
-from memgen_lens.core.records import Item
+from memgen_lens.core.items import Item
 from memgen_lens.core.types import Split
 from memgen_lens.tasks.task import Task
 
@@ -64,7 +64,7 @@ class Addition(Task):
         if self.n_memorized > 16**self.memory_length:
             raise TaskError(
                 "Addition",
-                expected=f"n_memorized of at most {16**self.memory_length}, the strings of {self.memory_length} hex digits",
+                expected=f"n_memorized of at most {16**self.memory_length}: {self.memory_length} hex digits have no more strings",
                 received=str(self.n_memorized),
                 fix="Lower n_memorized or raise memory_length.",
             )

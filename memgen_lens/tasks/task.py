@@ -12,7 +12,7 @@ import numpy as np
 
 from memgen_lens.core.config import Settings
 from memgen_lens.core.errors import TaskError, suggest
-from memgen_lens.core.records import Item
+from memgen_lens.core.items import Item
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.tokenizer import EOS, build_tokenizer
 
@@ -104,7 +104,10 @@ class Task(Settings):
         from datasets import Dataset, DatasetDict, Features, Value
 
         features = Features(
-            key=Value("int64"), prompt=Value("string"), rule_answer=Value("string"), memorized_answer=Value("string")
+            key=Value("int64"),
+            prompt=Value("string"),
+            rule_answer=Value("string"),
+            memorized_answer=Value("string"),
         )
         rows = {"generic": self.draw_generic(n_generic, np.random.default_rng(seed)), **self.splits}
         return DatasetDict(

@@ -5,7 +5,7 @@ decoding an encoded text gives it back.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memgen_lens.core.errors import TaskError
 

@@ -1,7 +1,7 @@
 """Checkpoints: weights, optimizer and random state, whole or not at all.
 
-A checkpoint is a folder ``step-000500`` with ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``; it is
-written under a temporary name and then renamed. Does not know what training does with it.
+A checkpoint is a folder ``step-000500`` with ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``;
+it is written under a temporary name and then renamed. Does not know what training does with it.
 """
 
 import re
@@ -18,7 +18,11 @@ from memgen_lens.training.models import load_tensors, save_tensors
 
 
 def save_checkpoint(
-    directory: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    directory: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> Path:
     """Write the checkpoint of one step into ``directory`` and return its folder.
 

@@ -109,21 +109,20 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
     return torch.addmm(model.unembed.b_U, x, model.unembed.W_U)
 
 
-def labelled_loss(
-    logits: Float[Tensor, "labelled d_vocab"], groups: list[Rows]
-) -> Float[Tensor, ""]:
+def labelled_loss(logits: Float[Tensor, "labelled d_vocab"], groups: list[Rows]) -> Float[Tensor, ""]:
     """Mean cross-entropy (nats a labelled token) of `labelled_logits` over all labels of a batch."""
     labels = torch.cat([rows.labels[:, rows.start :].flatten() for rows in groups])
     return F.cross_entropy(logits.float(), labels, ignore_index=-100)
 
 
-def _after(
-    x: Float[Tensor, "token d"], shapes: list[tuple[int, ...]], starts: list[int]
-) -> Float[Tensor, "kept d"]:
+def _after(x: Float[Tensor, "token d"], shapes: list[tuple[int, ...]], starts: list[int]) -> Float[Tensor, "kept d"]:
     """Drop the positions before each group's start."""
     parts = x.split([batch * pos for batch, pos in shapes])
     return torch.cat(
-        [part.view(*shape, -1)[:, start:].flatten(0, 1) for part, shape, start in zip(parts, shapes, starts, strict=True)]
+        [
+            part.view(*shape, -1)[:, start:].flatten(0, 1)
+            for part, shape, start in zip(parts, shapes, starts, strict=True)
+        ]
     )
 
 

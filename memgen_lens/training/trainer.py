@@ -122,7 +122,14 @@ def _loop(
     progress: bool,
 ) -> tuple[list[Evaluation], str]:
     """The optimizer steps from ``state`` (or the beginning) to the end; returns the history and why it ended."""
-    state = state or {"step": 0, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "stop_reason": None}
+    state = state or {
+        "step": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "loss_sum": 0.0,
+        "loss_steps": 0,
+        "stop_reason": None,
+    }
     step, tokens = state["step"], state["tokens"]
     history = [row for row in _read_history(directory) if row.step <= step]
     if directory is not None:
@@ -151,7 +158,9 @@ def _loop(
                 if directory is not None:
                     _append_history(directory, row)
                 bar.set_postfix(
-                    loss=f"{loss:.3f}", recalls=f"{row.memorization:.3f}", computes=f"{row.generalization:.3f}"
+                    loss=f"{loss:.3f}",
+                    recalls=f"{row.memorization:.3f}",
+                    computes=f"{row.generalization:.3f}",
                 )
                 stop_reason = _stop_reason(row, config)
             if directory is not None and (step % config.checkpoint_every == 0 or stop_reason):
@@ -267,18 +276,22 @@ def _count_tokens(groups: list[Rows]) -> int:
     )
 
 
-def _prepare(
-    task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool
-) -> Path | None:
+def _prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool) -> Path | None:
     """Check that ``out`` may be written to, clear it if ``force``, and write down what is trained."""
     if out is None:
         if resume:
             raise SettingsError(
-                "train", expected="out= with resume=True", received="no directory", fix="Name the run's directory."
+                "train",
+                expected="out= with resume=True",
+                received="no directory",
+                fix="Name the run's directory.",
             )
         return None
     directory = Path(out)
-    wanted = {"task": {"name": task.name, **task.model_dump(mode="json")}, "train": config.model_dump(mode="json")}
+    wanted = {
+        "task": {"name": task.name, **task.model_dump(mode="json")},
+        "train": config.model_dump(mode="json"),
+    }
     settings = directory / "checkpoints" / "settings.json"
     if (directory / "history.jsonl").exists() or list_checkpoints(directory / "checkpoints"):
         if resume:

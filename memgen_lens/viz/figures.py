@@ -48,9 +48,7 @@ MAX_COLUMNS = 1024
 """A heatmap of more neurons than this draws the strongest of each few neighbours: no screen shows more."""
 
 
-def training_curves(
-    history: Sequence[Evaluation], *, loss_axis: Literal["log", "linear"] = "log"
-) -> go.Figure:
+def training_curves(history: Sequence[Evaluation], *, loss_axis: Literal["log", "linear"] = "log") -> go.Figure:
     """Both behaviours over training, with the loss on a second axis.
 
     The paper monitors both behaviours on a test set while training (arXiv 2412.18497).
@@ -96,8 +94,8 @@ def training_curves(
         title_text="loss (nats a token)",
         type=loss_axis,
         showgrid=False,
-        exponentformat="power",
-        nticks=6,
+        tickformat="~g",
+        tickvals=_decades([row.loss for row in history]) if loss_axis == "log" else None,
         secondary_y=True,
     )
     return themed(figure, "Both behaviours during training", height=400).update_layout(hovermode="x unified")
@@ -190,9 +188,7 @@ def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
         )
     )
     unit = "neuron" if width == 1 else f"neuron (strongest of each {width} neighbours)"
-    figure.update_xaxes(
-        title_text=unit, showgrid=False, nticks=12, type="category" if top is not None else "linear"
-    )
+    figure.update_xaxes(title_text=unit, showgrid=False, nticks=12, type="category" if top is not None else "linear")
     layer_axis(figure.update_yaxes, n_layers, showgrid=False)
     title = f"NMD, {escape(scores.site)} ({scores.n_pairs} pairs)"
     return themed(figure, title, height=min(180 + 26 * n_layers, 720))
@@ -227,8 +223,8 @@ def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
                 hovertemplate="layer %{x}: %{y:.3f}",
             )
     layer_axis(figure.update_xaxes, max(len(site.rho) for site in sites))
-    figure.update_yaxes(title_text="abs(rho)", range=[-0.02, 1.02])
-    return themed(figure, "Correlation with the behaviour, by layer")
+    figure.update_yaxes(title_text="abs(rho) with the behaviour", range=[-0.02, 1.02])
+    return themed(figure, "Correlation by layer")
 
 
 def probe_by_layer(report: ProbeReport) -> go.Figure:
@@ -312,8 +308,16 @@ def learning_curve(report: ProbeReport) -> go.Figure:
     figure.add_hline(y=0.5, line={"color": MUTED, "dash": "dot", "width": 1.5}, annotation_text="chance")
     figure.update_xaxes(title_text="pairs the probe was fitted on", rangemode="tozero")
     figure.update_yaxes(title_text="AUROC on test pairs")
-    title = f"Probe by amount of data ({escape(report.site)}, layer {report.best_layer})"
+    title = f"Learning curve ({escape(report.site)}, layer {report.best_layer})"
     return themed(figure, title, height=340)
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    """Ticks of a log axis: powers of ten, with 2 and 5 between them where there are few."""
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = np.floor(np.log10(min(positive))), np.ceil(np.log10(max(positive)))
+    steps = (1, 2, 5) if high - low <= 2 else (1,)
+    return [float(f"{step}e{int(power)}") for power in np.arange(low, high + 1) for step in steps]
 
 
 def _strongest(nmd: Float[np.ndarray, "layer neuron"], width: int) -> Int[np.ndarray, "layer column"]:

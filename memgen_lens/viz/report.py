@@ -24,6 +24,8 @@ from memgen_lens.viz.theme import BEHAVIOR_COLORS
 
 EXAMPLES = 3
 """Example prompts shown for each split and behaviour."""
+SHORT_PROMPT = 24
+"""Prompts of at most this many characters leave room for two tables side by side."""
 
 
 def write_report(directory: str | Path) -> Path:
@@ -62,9 +64,7 @@ def render(run: RunContents) -> str:
         "value": _value,
         "label": lambda name: str(name).replace("_", " "),
     }
-    tables = {
-        mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None
-    }
+    tables = {mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None}
     return environment.get_template("report.html.j2").render(
         run=run,
         title=_title(run),
@@ -74,6 +74,7 @@ def render(run: RunContents) -> str:
         splits=_splits(run),
         facts=_facts(run),
         examples=_examples(run.outcomes),
+        long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
         sites=[_site(scores) for scores in run.scores],
         tables=tables,
         steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
@@ -123,10 +124,13 @@ def _chosen(run: RunContents) -> Any:
 
 def _html(name: str, figure: go.Figure) -> Markup:
     """A figure as a div and the script that draws it; plotly.js itself is in the page once."""
+    # Plotly's own bar of buttons has one that uploads the figure's data: ours saves it to a file and no more.
     config = {
         "displaylogo": False,
         "responsive": True,
-        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+        "modeBarButtons": [["toImage", "resetScale2d"]],
+        "showSendToCloud": False,
+        "toImageButtonOptions": {"format": "svg", "filename": name},
     }
     return Markup(to_html(figure, config, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}"))
 
@@ -137,9 +141,7 @@ def _splits(run: RunContents) -> list[dict[str, Any]]:
     for split in dict.fromkeys(outcome.item.split for outcome in run.outcomes):
         shown = [outcome for outcome in run.outcomes if outcome.item.split == split]
         rates = {str(behavior): wording.rate_of(run, split, behavior) for behavior in Behavior}
-        rows.append(
-            {"split": split, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)}
-        )
+        rows.append({"split": split, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)})
     return rows
 
 
@@ -164,7 +166,7 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
 
 def _listed(values: Mapping[str, Any]) -> str:
     rest = [f"{name} {_value(value)}" for name, value in values.items() if name != "name"]
-    return ", ".join([str(values["name"])] * ("name" in values) + rest)
+    return ", ".join([str(values["name"]), *rest] if "name" in values else rest)
 
 
 def _examples(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -234,9 +236,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]
             group = f"{name}: {key}" if isinstance(entry, Mapping) else name if inner is value else "run"
             groups.setdefault(group, []).extend(_lines(entry, "" if isinstance(entry, Mapping) else key))
     groups.get("run", []).sort()
-    return [
-        (name, [line for line in lines if line[0] != "command"]) for name, lines in groups.items() if lines
-    ]
+    return [(name, [line for line in lines if line[0] != "command"]) for name, lines in groups.items() if lines]
 
 
 def _lines(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ Public through `memgen_lens.viz.figures`. Does not choose settings: analysis doe
 
 from collections.abc import Sequence
 from html import escape
-from textwrap import wrap
+from textwrap import shorten, wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -56,15 +56,18 @@ def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
         form = control.get("memorized_form") or {}
         lines[label] = (_point(control, "mean"), _point(form, "mean"))
         if control.get("mean") is None:
-            why = wrap(f"not measured: {control.get('why', 'no reason given')}", 60)
+            why = f"not measured: {control.get('why', 'no reason given')}"
             figure.add_annotation(
                 x=0,
                 y=len(lines) - 1,
-                text="<br>".join(map(escape, why)),
+                # Two lines are all that fit between the neighbours; hovering shows the rest.
+                text="<br>".join(map(escape, wrap(shorten(why, 110, placeholder=" …"), 60))),
+                hovertext=escape(why),
                 showarrow=False,
                 xanchor="left",
                 align="left",
                 font={"size": 12, "color": MUTED},
+                bgcolor="white",
                 row=row,
                 col=1,
             )
@@ -82,7 +85,7 @@ def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
             y=y,
             name=name,
             mode="markers",
-            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2}},
+            marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2, "color": color}},
             error_x={
                 "array": [end - value for end, value in zip(high, x, strict=True)],
                 "arrayminus": [value - end for end, value in zip(low, x, strict=True)],
@@ -90,8 +93,7 @@ def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
                 "width": 5,
             },
             customdata=list(zip(low, high, strict=True)),
-            hovertemplate=f"{name}: %{{x:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
-            "<extra></extra>",
+            hovertemplate=f"{name}: %{{x:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]<extra></extra>",
             legendgroup=name,
             showlegend=row == 1 or kind == 0,
             row=row,
@@ -200,7 +202,7 @@ def steering_sweep(
 
 
 def gain(row: SweepRow) -> float:
-    """Shift rate minus rate of ``other``, summed over both directions: what a setting is chosen by, in [-2, 2].
+    """What settings are chosen by: shift rate minus rate of ``other``, summed over both ways, in [-2, 2].
 
     Towards memorization, an output in memorized form counts as shifted.
     """

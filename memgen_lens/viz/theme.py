@@ -52,7 +52,7 @@ TEMPLATE = go.layout.Template(
             "pad": {"l": 4, "t": 6},
             "y": 1,
             "yanchor": "top",
-            "font": {"size": 16},
+            "font": {"size": 15, "weight": 600},
         },
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
@@ -60,7 +60,14 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         # At the foot of the figure: a legend that wraps on a phone pushes the plot up, not into the title.
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "legend": {
+            "orientation": "h",
+            "xref": "container",
+            "yref": "container",
+            "x": 0,
+            "y": 0,
+            "yanchor": "bottom",
+        },
         "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 13}},
     }
 )

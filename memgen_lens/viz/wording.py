@@ -57,8 +57,8 @@ def rate_of(run: RunContents, split: str, behavior: str) -> Rate | None:
 
 def describe(setting: SteeringSetting) -> str:
     """A steering setting in words."""
-    alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
-    return f"the top {100 * setting.top_fraction:g} % of {setting.site} neurons{alpha}"
+    alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
+    return f"the top {percent(setting.top_fraction)} of {setting.site} neurons{alpha}"
 
 
 def verdict(run: RunContents) -> str:
@@ -77,9 +77,7 @@ def _behavior(run: RunContents) -> str:
         f"recalls {percent(memorized.rate)} of its {memorized.n:,} memorized prompts exactly."
     )
     if min(heldout.rate, memorized.rate) < 0.5:
-        text += (
-            " It does not show both behaviours, so the rest of this report says little about how they part."
-        )
+        text += " It does not show both behaviours, so the rest of this report says little about how they part."
     return text
 
 
@@ -98,12 +96,12 @@ def _rephrased(run: RunContents) -> str:
 
 def _probe(run: RunContents) -> str:
     if run.probes is None:
-        return f"Nothing could be predicted: {run.why['probe'].rstrip('.')}." if "probe" in run.why else ""
+        return f"Prediction was not measured: {run.why['probe'].rstrip('.')}." if "probe" in run.why else ""
     best, prompt = run.probes.best, run.probes.input_only
     text = (
-        f"From its {run.probes.site} activations at layer {run.probes.best_layer}, before the first answer "
-        f"token, a linear probe tells memorization from generalization with AUROC {number(best.auroc)} "
-        f"{interval(best.auroc_ci95, shares=False)}; the prompt alone gives {number(prompt.auroc)}"
+        f"Before the first answer token, a linear probe on the {run.probes.site} activations tells "
+        f"memorization from generalization with AUROC {number(best.auroc)}; the prompt alone gives "
+        f"{number(prompt.auroc)}"
     )
     if best.auroc_ci95[0] > prompt.auroc_ci95[1]:
         return f"{text}, so the activations tell more than the wording does."
@@ -114,22 +112,17 @@ def _steering(run: RunContents) -> list[str]:
     table = run.shift
     if table is None:
         if "probe" in run.why and run.why.get("shift") == run.why["probe"]:
-            return ["Nothing could be steered, for the same reason."]
-        return [f"Nothing could be steered: {run.why['shift'].rstrip('.')}."] if "shift" in run.why else []
+            return ["Nor was steering, for the same reason."]
+        return [f"Steering was not measured: {run.why['shift'].rstrip('.')}."] if "shift" in run.why else []
     there, back = table.to_generalization, table.to_memorization
-    sentences = [
-        f"Shifting {describe(table.setting)} turns {_with_interval(there.shift)} of the {there.n} test prompts "
-        f"that it recalled into the rule's answer{_beside_controls(there)}.",
-        f"The other way, {_with_interval(back.shift)} of {back.n} become exact recall and "
-        f"{percent(back.memorized_form.get('rate'))} take the form of a memorized answer"
-        f"{_beside_controls(back)}.",
+    form = percent(back.memorized_form.get("rate"))
+    return [
+        f"Shifting {describe(table.setting)} turns {percent(there.shift.get('rate'))} of {there.n} recalled "
+        f"test prompts into the rule's answer{_beside_controls(there)}.",
+        f"The other way, {percent(back.shift.get('rate'))} of {back.n} become exact recall"
+        f"{_beside_controls(back)}, and {form} take the form of a memorized answer, the item's own or not.",
         _side_effects(table),
     ]
-    return sentences
-
-
-def _with_interval(share: dict[str, Any]) -> str:
-    return f"{percent(share.get('rate'))} {interval(share.get('ci95'))}".strip()
 
 
 def strongest_control(rates: SteeringRates) -> tuple[str, dict[str, Any]] | None:
@@ -144,10 +137,9 @@ def _beside_controls(rates: SteeringRates) -> str:
     if strongest is None or rates.shift.get("ci95") is None:
         return ""
     name, control = strongest
-    text = f" (strongest control, {name.replace('_', ' ')}: {percent(control['mean'])})"
-    return (
-        text if rates.shift["ci95"][0] > control["ci95"][1] else f"{text}, no more than that control explains"
-    )
+    text = f"strongest control, {name.replace('_', ' ')}: {percent(control['mean'])}"
+    explained = rates.shift["ci95"][0] <= control["ci95"][1]
+    return f" ({text}, so no clear effect)" if explained else f" ({text})"
 
 
 def _side_effects(table: SteeringTable) -> str:
@@ -163,15 +155,11 @@ def _side_effects(table: SteeringTable) -> str:
 def key_figures(run: RunContents) -> list[KeyFigure]:
     """The report's first row of numbers, each with n and its interval where it has one."""
     return [
-        _share(
-            "Held-out generalization", rate_of(run, "heldout", "generalization"), "prompts never trained on"
-        ),
+        _share("Held-out generalization", rate_of(run, "heldout", "generalization"), "prompts never trained on"),
         _share("Exact recall", rate_of(run, "memorized", "memorization"), "memorized prompts, as trained"),
         _flip_rate(run),
         _probe_figure(run),
-        _steered(
-            "Steered to generalization", "rule's answer", run, run.shift and run.shift.to_generalization
-        ),
+        _steered("Steered to generalization", "rule's answer", run, run.shift and run.shift.to_generalization),
         _steered("Steered to memorization", "exact recall", run, run.shift and run.shift.to_memorization),
     ]
 
@@ -200,9 +188,7 @@ def _probe_figure(run: RunContents) -> KeyFigure:
     best = run.probes.best
     detail = f"{interval(best.auroc_ci95, shares=False)}, n = {run.probes.n_test} pairs"
     place = f"{run.probes.site}, layer {run.probes.best_layer}"
-    return KeyFigure(
-        label, number(best.auroc), detail, f"{place}; input only {number(run.probes.input_only.auroc)}"
-    )
+    return KeyFigure(label, number(best.auroc), detail, f"{place}; input only {number(run.probes.input_only.auroc)}")
 
 
 def _steered(label: str, what: str, run: RunContents, rates: SteeringRates | None) -> KeyFigure:

@@ -1,0 +1,155 @@
+"""The shell: ``memgen-lens run PRESET --out DIR``, ``memgen-lens report DIR``, ``memgen-lens presets``.
+
+Flags are made of the settings' fields by tyro; nothing heavy is imported before a command runs. A user's error is one
+line on standard error and exit code 2.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+
+from memgen_lens.core.errors import MemgenError, SettingsError, suggest
+from memgen_lens.presets import PRESETS, ExperimentConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """Train a model until it recalls and computes, find the neurons, predict, steer, and write a report."""
+
+    settings: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
+    """The preset's settings, each of which can be changed."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Run directory; made if it is not there."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with a run that was cut."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Remove the run that the directory holds, and begin anew."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Write report.html of a run directory again, from its files alone."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run directory."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong call as one of our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(
+            self.prog, expected="a known command", received=message, fix=f"{self.prog} --help shows them."
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 and one line for a user's error."""
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except MemgenError as error:
+        line = " ".join(str(error).split())
+        _say(line if line.startswith("memgen-lens") else f"memgen-lens: {line}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("memgen-lens: interrupted; the same command with --resume goes on from the newest checkpoint")
+        sys.exit(130)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="memgen-lens",
+        description="Is this model recalling or computing, which neurons make the difference, and can we switch it?",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a preset into a directory: train, find, predict, steer, report",
+        description="Run a preset. `memgen-lens run PRESET --help` lists every setting that can be changed.",
+        epilog="presets: " + "; ".join(f"{name} ({config.about})" for name, config in PRESETS.items()),
+    )
+    run.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
+    commands.add_parser("report", help="write the report of a run directory again", add_help=False)
+    commands.add_parser("presets", help="list the presets")
+    # Flags behind the command (and the preset) are tyro's.
+    n_ours = 2 if arguments[:1] == ["run"] else 1
+    ours, rest = arguments[:n_ours], arguments[n_ours:]
+    chosen = parser.parse_args(ours)
+    if chosen.command == "run":
+        _run_preset(chosen.preset, rest)
+    elif chosen.command == "report":
+        _report(_parse(ReportArguments, rest, prog="memgen-lens report"))
+    else:
+        parser.parse_args([*ours, *rest])
+        _list_presets()
+
+
+def _run_preset(preset: str, arguments: list[str]) -> None:
+    if preset not in PRESETS:
+        raise SettingsError(
+            "memgen-lens run", expected="a known preset", received=repr(preset), fix=suggest(preset, PRESETS)
+        )
+    default = RunArguments(settings=PRESETS[preset], out=tyro.MISSING)
+    parsed = _parse(RunArguments, arguments, prog=f"memgen-lens run {preset}", default=default)
+    from memgen_lens.experiment import run_experiment
+
+    finished = run_experiment(parsed.settings, out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say)
+    for line in finished.summary():
+        print(line)  # noqa: T201
+    print(f"report: {finished.report}")  # noqa: T201
+
+
+def _report(parsed: ReportArguments) -> None:
+    from memgen_lens.viz.report import write_report
+
+    print(f"report: {write_report(parsed.directory)}")  # noqa: T201
+
+
+def _list_presets() -> None:
+    width = max(map(len, PRESETS))
+    for name, config in PRESETS.items():
+        print(f"{name:{width}}  {config.about}")  # noqa: T201
+
+
+def _parse(kind: type[T], arguments: list[str], *, prog: str, default: Any = tyro.MISSING) -> T:
+    """Parse flags with tyro, turning its boxed complaint into one of our errors.
+
+    Raises:
+        SettingsError: A flag is unknown, missing or has a bad value.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            keywords = {} if default is tyro.MISSING else {"default": default}
+            return tyro.cli(kind, args=arguments, prog=prog, **keywords)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        near = re.findall(r"^│ +(--[\w.-]+)", complaint.getvalue(), re.MULTILINE)
+        raise SettingsError(
+            prog,
+            expected="flags as --help lists them",
+            received=_flatten(complaint.getvalue()),
+            fix=f"Did you mean {near[0]}?" if near else f"See {prog} --help.",
+        ) from None
+
+
+def _flatten(box: str) -> str:
+    """The words of tyro's boxed complaint on one line, without its frame, title and closing advice."""
+    lines = [line.strip(" │╭╮╰╯─\n") for line in re.split(r"│ ─+ │\n", box)[0].splitlines()]
+    words = [line for line in lines[1:] if line] or [line for line in lines if line]
+    return " ".join(words).rstrip(".")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

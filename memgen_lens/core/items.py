@@ -1,0 +1,66 @@
+"""One prompt with its two answers, and what a model said to it.
+
+Plain values only, so that tasks can be made without numpy or torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from memgen_lens.core.types import Behavior
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a task with its two answers.
+
+    Attributes:
+        key: Names the item within its task; a rephrasing keeps the key of the item it rephrases.
+        split: ``"memorized"``, ``"rephrased"``, ``"heldout"``, ``"validation"``, ``"generic"``, or ``"user"``.
+        prompt: The text the model is given.
+        rule_answer: What the rule gives; None where a user's pairs name no answers.
+        memorized_answer: What the model was trained to recall for this item; None where there is nothing to recall.
+    """
+
+    key: int
+    split: str
+    prompt: str
+    rule_answer: str | None
+    memorized_answer: str | None = None
+
+    def classify(self, output: str) -> Behavior:
+        """Which behaviour a completion of this item's prompt shows: an exact match, or `Behavior.OTHER`."""
+        if self.rule_answer is not None and output == self.rule_answer:
+            return Behavior.GENERALIZATION
+        if self.memorized_answer is not None and output == self.memorized_answer:
+            return Behavior.MEMORIZATION
+        return Behavior.OTHER
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One prompt, its greedy completion, and the behaviour that the completion shows.
+
+    Attributes:
+        item: The item that was asked.
+        output: The completion, without the end-of-text token.
+        behavior: Its class.
+        memorized_form: Whether the output has the form of a memorized answer, its own or not.
+    """
+
+    item: Item
+    output: str
+    behavior: Behavior
+    memorized_form: bool
+
+    def row(self) -> dict[str, Any]:
+        """One flat line of ``outcomes.jsonl``."""
+        return {
+            "split": self.item.split,
+            "key": self.item.key,
+            "prompt": self.item.prompt,
+            "output": self.output,
+            "behavior": str(self.behavior),
+            "memorized_form": self.memorized_form,
+            "rule_answer": self.item.rule_answer,
+            "memorized_answer": self.item.memorized_answer,
+        }

@@ -1,0 +1,165 @@
+"""Prompts on which a model recalls, each beside a rephrasing on which it computes.
+
+Does not know how they were found: see `memgen_lens.analysis.pairs`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from memgen_lens.core.errors import PairsError
+from memgen_lens.core.items import Item
+
+PairSplit = Literal["select", "tune", "test"]
+MINIMUM_PAIRS = 8
+"""Fewer pairs than this in a split carry no statistics worth reading."""
+
+
+@dataclass(frozen=True)
+class PromptPairs:
+    """Prompts on which the model recalls, each beside a rephrasing on which it computes.
+
+    Attributes:
+        memorized: The recalling side, one item a pair.
+        generalized: The computing side, one item a pair.
+        split: ``"select"``, ``"tune"`` or ``"test"`` of each pair; all pairs of one item share a split.
+        n_items: Items that were asked, flipping or not.
+        n_flipped: Items with at least one pair; ``n_flipped / n_items`` is the flip rate.
+    """
+
+    memorized: tuple[Item, ...]
+    generalized: tuple[Item, ...]
+    split: Shaped[np.ndarray, " pair"]
+    n_items: int
+    n_flipped: int
+
+    def __len__(self) -> int:
+        return len(self.memorized)
+
+    @property
+    def item(self) -> Int[np.ndarray, " pair"]:
+        """The item key of each pair."""
+        return np.array([item.key for item in self.memorized], dtype=np.int64)
+
+    @classmethod
+    def from_strings(
+        cls,
+        memorized: Sequence[str],
+        generalized: Sequence[str],
+        *,
+        rule_answers: Sequence[str] | None = None,
+        memorized_answers: Sequence[str] | None = None,
+        items: Sequence[int] | None = None,
+        shares: tuple[float, float] = (0.4, 0.2),
+        seed: int = 0,
+    ) -> Self:
+        """Pairs from a user's own prompts: pair p is ``memorized[p]`` beside ``generalized[p]``.
+
+        Args:
+            memorized: Prompts on which the model recalls.
+            generalized: Prompts on which it computes, one for each of the others.
+            rule_answers: What computing gives, one a pair. Without them, steering is judged against what the
+                unsteered model itself says on the paired prompt.
+            memorized_answers: What recalling gives, one a pair; likewise optional.
+            items: Which item each pair belongs to; pairs of one item never part. Default: each pair its own.
+            shares: Shares of items in ``select`` and ``tune``; the rest is ``test``.
+            seed: Seed of the split.
+
+        Raises:
+            PairsError: The lists are empty, of unequal length, or hold something other than text.
+        """
+        lists = {
+            "memorized": memorized,
+            "generalized": generalized,
+            "rule_answers": rule_answers,
+            "memorized_answers": memorized_answers,
+            "items": items,
+        }
+        call = "PromptPairs.from_strings"
+        for name, values in lists.items():
+            if isinstance(values, str) or (
+                name != "items" and values is not None and not all(isinstance(v, str) for v in values)
+            ):
+                raise PairsError(
+                    call,
+                    expected=f"a list of strings as {name}",
+                    received=repr(values)[:80],
+                    fix="Give one string a pair.",
+                )
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
+        if not len(memorized):
+            raise PairsError(
+                call,
+                expected="at least one pair",
+                received="empty lists",
+                fix="Give one memorized and one generalized prompt a pair.",
+            )
+        if len(set(lengths.values())) > 1:
+            raise PairsError(
+                call,
+                expected="lists of one length, one entry a pair",
+                received=", ".join(f"{n} {name}" for name, n in lengths.items()),
+                fix="Pair p is memorized[p] beside generalized[p]: drop or add prompts until they match.",
+            )
+        keys = [int(key) for key in items] if items is not None else list(range(len(memorized)))
+        rule = rule_answers if rule_answers is not None else [None] * len(memorized)
+        recall = memorized_answers if memorized_answers is not None else [None] * len(memorized)
+        rows = list(zip(keys, memorized, generalized, rule, recall, strict=True))
+        return cls(
+            memorized=tuple(Item(key, "user", prompt, r, m) for key, prompt, _, r, m in rows),
+            generalized=tuple(Item(key, "user", prompt, r, m) for key, _, prompt, r, m in rows),
+            split=split_items(keys, shares=shares, seed=seed),
+            n_items=len(set(keys)),
+            n_flipped=len(set(keys)),
+        )
+
+    def of(self, split: PairSplit) -> Int[np.ndarray, " index"]:
+        """Indices of the pairs of one split.
+
+        Raises:
+            PairsError: The split holds fewer than 8 pairs.
+        """
+        index = np.flatnonzero(self.split == split)
+        if len(index) < MINIMUM_PAIRS:
+            raise PairsError(
+                f"pairs of split {split!r}",
+                expected=f"at least {MINIMUM_PAIRS} pairs",
+                received=f"{len(index)} ({self.n_flipped} of {self.n_items} items flip, {len(self)} pairs in all)",
+                fix="Train longer or with more memorized items so that more prompts flip when rephrased, "
+                "give more pairs, or give this split a larger share of the items.",
+            )
+        return index
+
+    def take(self, index: Int[np.ndarray, " index"]) -> Self:
+        """The pairs at ``index``, in that order."""
+        return replace(
+            self,
+            memorized=tuple(self.memorized[i] for i in index),
+            generalized=tuple(self.generalized[i] for i in index),
+            split=self.split[index],
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat line a pair, for ``pairs.jsonl``."""
+        return [
+            {
+                "key": mem.key,
+                "split": str(split),
+                "memorized_prompt": mem.prompt,
+                "generalized_prompt": gen.prompt,
+                "rule_answer": gen.rule_answer,
+                "memorized_answer": mem.memorized_answer,
+            }
+            for mem, gen, split in zip(self.memorized, self.generalized, self.split, strict=True)
+        ]
+
+
+def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) -> Shaped[np.ndarray, " pair"]:
+    """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split."""
+    unique, inverse = np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)
+    n_select, n_tune = (round(share * len(unique)) for share in shares)
+    names = np.array(["select"] * n_select + ["tune"] * n_tune + ["test"] * len(unique))[: len(unique)]
+    return np.random.default_rng(seed).permutation(names)[inverse]

@@ -1,0 +1,408 @@
+"""The whole story as one function that reads like the paper: train, find, predict, steer, report.
+
+Does not know any formula or figure: the stages do.
+"""
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memgen_lens.analysis import (
+    Steering,
+    attribute,
+    choose_setting,
+    collect_pairs,
+    evaluate_steering,
+    fit_probes,
+    record,
+    sweep_steering,
+)
+from memgen_lens.behavior import observe
+from memgen_lens.core.errors import MemgenError, PairsError, RunDirectoryError
+from memgen_lens.core.files import cannot_write, write_json, write_jsonl
+from memgen_lens.core.items import Outcome
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
+from memgen_lens.core.stats import wilson
+from memgen_lens.core.types import Behavior
+from memgen_lens.presets import ExperimentConfig
+from memgen_lens.training import TrainingRun, train
+from memgen_lens.viz.report import write_report
+
+SCHEMA = 1
+PACKAGES = (
+    "memgen-lens",
+    "transformer-lens",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "transformers",
+    "plotly",
+)
+OWN_FILES = (
+    "config.json",
+    "outcomes.jsonl",
+    "pairs.jsonl",
+    "probes.json",
+    "steering.json",
+    "metrics.json",
+    "report.html",
+    "history.jsonl",
+)
+OWN_FOLDERS = ("checkpoints", "model", "scores", "activations")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A finished experiment.
+
+    Attributes:
+        config: Its settings.
+        training: The trained model and its history.
+        outcomes: One outcome a prompt, of every split that is reported.
+        pairs: The prompts that flip when rephrased.
+        scores: Neuron scores by site; empty where too few prompts flip.
+        probes: Probes by layer; None where too few prompts flip.
+        steering: ``"shift"`` and ``"patch"`` tables; empty where too few prompts flip.
+        metrics: What ``metrics.json`` holds.
+        report: The report's path.
+    """
+
+    config: ExperimentConfig
+    training: TrainingRun
+    outcomes: tuple[Outcome, ...]
+    pairs: PromptPairs
+    scores: dict[str, NeuronScores]
+    probes: ProbeReport | None
+    steering: dict[str, SteeringTable]
+    metrics: dict[str, Any]
+    report: Path
+
+    def summary(self) -> list[str]:
+        """The main figures, a line each."""
+        behavior = self.metrics["behavior"]
+        lines = [
+            f"computes  {behavior['heldout_generalization']:.3f} of held-out prompts",
+            f"recalls   {behavior['trained_memorization']:.3f} of memorized prompts",
+            f"flips     {behavior['flip_rate']:.3f} of memorized prompts when rephrased ({len(self.pairs)} pairs)",
+        ]
+        if self.probes is None or not self.steering:
+            return [*lines, f"no analysis: {self.metrics['steering']['why']}"]
+        shift = self.steering["shift"]
+        to_generalization, to_memorization = shift.to_generalization, shift.to_memorization
+        random = {way.toward: way.controls["random_neurons"] for way in (to_generalization, to_memorization)}
+        return [
+            *lines,
+            f"predicts  AUROC {self.probes.best.auroc:.3f} from layer {self.probes.best_layer} of {self.probes.site}"
+            f" (prompt alone {self.probes.input_only.auroc:.3f})",
+            f"steers    {to_generalization.shift['rate']:.3f} of recalled prompts to the rule's answer"
+            f" (random neurons {random['generalization']['mean']:.3f})",
+            f"          {to_memorization.memorized_form['rate']:.3f} of computed prompts to memorized form,"
+            f" {to_memorization.shift['rate']:.3f} to the item's own answer"
+            f" (random neurons {random['memorization']['memorized_form']['mean']:.3f})",
+        ]
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Experiment:
+    """Train a model until it recalls and computes, find the neurons, predict, steer, and write a report.
+
+    Args:
+        config: Settings, e.g. ``mg.presets["quickstart"]``; ``config.seed`` seeds everything.
+        out: Run directory; see the README for what it holds.
+        resume: Go on with a run that was cut: training from its newest checkpoint, analysis anew.
+        force: Remove a run that ``out`` holds already.
+        progress: Show a progress bar while training.
+        say: Called with a line at the beginning of each stage.
+
+    Raises:
+        RunDirectoryError: ``out`` holds a run already, or cannot be written.
+        MemgenError: A setting is at odds with another.
+    """
+    started = time.perf_counter()
+    directory = Path(out)
+    config = config.seeded()
+    _prepare(directory, config, resume=resume, force=force)
+
+    say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
+    training = train(config.task, config.train, out=directory, resume=resume, force=force, progress=progress)
+    model, task, analysis = training.model, config.task, config.analysis
+    trained = time.perf_counter()
+
+    say(f"{training.stop_reason}; asking all prompts")
+    outcomes = [
+        outcome for split in ("memorized", "rephrased", "heldout") for outcome in observe(model, task, split=split)
+    ]
+    pairs = collect_pairs(
+        model,
+        task,
+        seed=config.seed,
+        shares=(analysis.select_share, analysis.tune_share),
+        batch_size=analysis.batch_size,
+    )
+    write_jsonl(directory / "outcomes.jsonl", [outcome.row() for outcome in outcomes])
+    write_jsonl(directory / "pairs.jsonl", pairs.rows())
+
+    say(f"{pairs.n_flipped} of {pairs.n_items} memorized prompts flip when rephrased: {len(pairs)} pairs")
+    scores: dict[str, NeuronScores] = {}
+    tables: dict[str, SteeringTable] = {}
+    probes, why = None, None
+    try:
+        scores, probes = _find_and_predict(directory, config, model, pairs, say)
+        tables = _steer(directory, config, model, pairs, scores, say)
+    except PairsError as error:
+        # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
+        why = str(error)
+        say(f"no analysis: {why}")
+
+    finished = time.perf_counter()
+    metrics = {
+        "schema": SCHEMA,
+        "preset": config.preset,
+        "seed": config.seed,
+        "behavior": _behavior_metrics(outcomes, pairs),
+        "pairs": {
+            "n": len(pairs),
+            **{split: int((pairs.split == split).sum()) for split in ("select", "tune", "test")},
+        },
+        "attribution": {site: _attribution_metrics(score) for site, score in scores.items()} or {"why": why},
+        "probe": _probe_metrics(probes) if probes else {"why": why},
+        "steering": _steering_metrics(tables) if tables else {"why": why},
+        "timing_s": {
+            "train": round(trained - started, 3),
+            "analysis": round(finished - trained, 3),
+            "total": round(finished - started, 3),
+        },
+    }
+    _write_config(directory, config, training)
+    write_json(directory / "metrics.json", metrics)
+    say("writing the report")
+    report = write_report(directory)
+    return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
+
+
+def _find_and_predict(
+    directory: Path, config: ExperimentConfig, model: Any, pairs: PromptPairs, say: Callable[[str], None]
+) -> tuple[dict[str, NeuronScores], ProbeReport]:
+    """Score the neurons of every site and fit the probes; save both."""
+    analysis = config.analysis
+    sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
+    acts = record(model, pairs, sites, batch_size=analysis.batch_size)
+    say(f"scoring neurons of {', '.join(sites)}")
+    scores = {site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in sites}
+    for score in scores.values():
+        score.save(directory / "scores")
+    say("fitting probes")
+    probes = fit_probes(acts, analysis.probe_site, seed=config.seed)
+    write_json(directory / "probes.json", probes.summary())
+    return scores, probes
+
+
+def _steer(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    scores: dict[str, NeuronScores],
+    say: Callable[[str], None],
+) -> dict[str, SteeringTable]:
+    """Choose both steerings on ``tune``, report them on ``test``, and see which layers matter; save all."""
+    analysis, task = config.analysis, config.task
+    candidates = [scores[site] for site in analysis.sites]
+    source = record(model, pairs, analysis.sites, batch_size=analysis.batch_size)
+    shared = {"top_fractions": analysis.top_fractions, "batch_size": analysis.batch_size}
+    say("choosing site, fraction and alpha on the tune pairs")
+    shifts = sweep_steering(
+        model, task, pairs, candidates, alphas=analysis.alphas, positions=analysis.positions, **shared
+    )
+    patches = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
+    say("steering the test pairs, with controls")
+    tables = {}
+    for mode, rows in (("shift", shifts), ("patch", patches)):
+        chosen = choose_setting(rows).setting
+        steer = Steering.from_scores(
+            scores[chosen.site],
+            chosen.top_fraction,
+            chosen.alpha or 1.0,
+            mode=chosen.mode,
+            source=source,
+            positions=chosen.positions,
+        )
+        tables[mode] = evaluate_steering(
+            model,
+            task,
+            pairs,
+            steer,
+            n_controls=analysis.n_controls,
+            seed=config.seed,
+            batch_size=analysis.batch_size,
+        )
+    shift = tables["shift"].setting
+    by_layer = sweep_steering(
+        model,
+        task,
+        pairs,
+        scores[shift.site],
+        top_fractions=(shift.top_fraction,),
+        alphas=(shift.alpha,),
+        positions=(shift.positions,),
+        layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
+        batch_size=analysis.batch_size,
+    )
+    write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
+    return tables
+
+
+def _behavior_metrics(outcomes: list[Outcome], pairs: PromptPairs) -> dict[str, Any]:
+    def share(split: str, behavior: Behavior) -> float:
+        return wilson([o.behavior is behavior for o in outcomes if o.item.split == split]).rate
+
+    return {
+        "heldout_generalization": share("heldout", Behavior.GENERALIZATION),
+        "trained_memorization": share("memorized", Behavior.MEMORIZATION),
+        "rephrased": {str(behavior): share("rephrased", behavior) for behavior in Behavior},
+        "flip_rate": pairs.n_flipped / pairs.n_items,
+    }
+
+
+def _attribution_metrics(score: NeuronScores) -> dict[str, Any]:
+    return {
+        "max_abs_rho_by_layer": abs(score.rho).max(1),
+        "n_fdr05": int((score.q <= 0.05).sum()),
+        "n_neurons": int(score.q.size),
+    }
+
+
+def _probe_metrics(probes: ProbeReport) -> dict[str, Any]:
+    return {
+        "site": probes.site,
+        "auroc_by_layer": [layer.auroc for layer in probes.by_layer],
+        "best_layer": probes.best_layer,
+        "best_auroc": probes.best.auroc,
+        "best_auroc_ci95": probes.best.auroc_ci95,
+        "input_only_auroc": probes.input_only.auroc,
+        "shuffled_auroc": probes.shuffled["auroc"],
+    }
+
+
+def _steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
+    """The shift's figures under the names of ``design.md``; the patch's beside them under ``"patch"``."""
+
+    def one(table: SteeringTable) -> dict[str, Any]:
+        setting, effects = table.setting, table.side_effects
+        to_memorization = table.to_memorization
+        return {
+            "chosen": {
+                "site": setting.site,
+                "top_fraction": setting.top_fraction,
+                "alpha": setting.alpha,
+                "positions": setting.positions,
+            },
+            "to_generalization": {
+                "n": table.to_generalization.n,
+                "shift_rate": table.to_generalization.shift["rate"],
+                **_rates(table.to_generalization),
+            },
+            "to_memorization": {
+                "n": to_memorization.n,
+                "exact_recall_rate": to_memorization.shift["rate"],
+                "memorized_form_rate": to_memorization.memorized_form["rate"],
+                "memorized_form_ci95": to_memorization.memorized_form["ci95"],
+                **_rates(to_memorization),
+            },
+            "side_effects": {
+                "heldout_generalization_steered": effects.heldout_generalization_steered,
+                "kl_nats": effects.kl_nats,
+                **({"why": effects.why} if effects.why else {}),
+            },
+        }
+
+    return {**one(tables["shift"]), "patch": one(tables["patch"])}
+
+
+def _rates(rates: SteeringRates) -> dict[str, Any]:
+    return {"ci95": rates.shift["ci95"], "other_rate": rates.other["rate"], "controls": rates.controls}
+
+
+def _prepare(directory: Path, config: ExperimentConfig, *, resume: bool, force: bool) -> None:
+    """Refuse a directory that holds a run (unless told to go on or to begin anew) or cannot be written."""
+    if resume and force:
+        raise MemgenError(
+            "run_experiment",
+            expected="resume or force",
+            received="both",
+            fix="resume goes on, force begins anew.",
+        )
+    if directory.exists() and not directory.is_dir():
+        raise RunDirectoryError(
+            f"run_experiment(out={str(directory)!r})",
+            expected="a directory, or a name that is free",
+            received="a file",
+            fix="Choose another directory with --out (memgen-lens) or out=.",
+        )
+    held = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (directory / name).exists()]
+    if held and not (resume or force):
+        raise RunDirectoryError(
+            f"run_experiment(out={str(directory)!r})",
+            expected="a directory without a run",
+            received=f"one that holds {', '.join(held[:3])}",
+            fix="Choose another with --out, or go on with --resume, or begin anew with --force "
+            "(in Python: out=, resume=True, force=True).",
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+        if force:
+            for name in held:
+                path = directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+
+
+def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun) -> None:
+    """Every setting, the seed, versions and the machine: enough to run it again."""
+    write_json(
+        directory / "config.json",
+        {
+            "settings": config.model_dump(mode="json"),
+            "task": config.task.name,
+            "command": f"memgen-lens run {config.preset} --out {directory} --seed {config.seed}",
+            "stop_reason": training.stop_reason,
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "machine": {
+                "system": f"{platform.system()} {platform.machine()}",
+                "processor": _processor(),
+                "threads": torch.get_num_threads(),
+                "device": config.train.device,
+            },
+            "argv": sys.argv[1:] if Path(sys.argv[0]).name.startswith("memgen") else None,
+        },
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"

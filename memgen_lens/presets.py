@@ -1,0 +1,54 @@
+"""Named settings of whole experiments.
+
+Does not run them: see `memgen_lens.experiment`.
+"""
+
+from pydantic import Field
+
+from memgen_lens.core.config import AnalysisConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.tasks import Addition
+
+
+class ExperimentConfig(Settings):
+    """Every setting of a whole experiment: task, training and analysis."""
+
+    preset: str = "custom"
+    """Name under which the run is reported."""
+    about: str = ""
+    """What is trained, in one line, for the report."""
+    task: Addition = Addition()
+    """The designed task."""
+    train: TrainConfig = TrainConfig()
+    """How the model is trained."""
+    analysis: AnalysisConfig = AnalysisConfig()
+    """What is scored, probed and steered."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything: of the task, the training and the analysis."""
+
+    def seeded(self) -> "ExperimentConfig":
+        """The same settings with the seed copied into task and training.
+
+        Raises:
+            SettingsError: Task or training have a seed of their own that is another one.
+        """
+        for name, part in (("task", self.task), ("train", self.train)):
+            if part.seed not in (0, self.seed):
+                raise SettingsError(
+                    "ExperimentConfig",
+                    expected="one seed for the whole experiment",
+                    received=f"seed={self.seed}, {name}.seed={part.seed}",
+                    fix="Set seed (--seed) alone: it seeds task, training and analysis.",
+                )
+        return self.but(task=self.task.but(seed=self.seed), train=self.train.but(seed=self.seed))
+
+
+_QUICKSTART = ExperimentConfig(
+    preset="quickstart",
+    about="two-digit addition; 2 layers of width 128; about two minutes on two CPU cores",
+    task=Addition(n_digits=2, n_memorized=300, reverse_sum=False, n_heldout=500, n_validation=200),
+    train=TrainConfig(model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"), max_steps=1000),
+)
+
+PRESETS: dict[str, ExperimentConfig] = {config.preset: config for config in (_QUICKSTART,)}
+"""Presets by name."""
