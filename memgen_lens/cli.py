@@ -135,20 +135,32 @@ def _parse(kind: type[T], arguments: list[str], *, prog: str, default: Any = tyr
     except SystemExit as error:
         if not error.code:
             raise
-        near = re.findall(r"^│ +(--[\w.-]+)", complaint.getvalue(), re.MULTILINE)
+        what, near = _read_box(complaint.getvalue())
         raise SettingsError(
             prog,
             expected="flags as --help lists them",
-            received=_flatten(complaint.getvalue()),
-            fix=f"Did you mean {near[0]}?" if near else f"See {prog} --help.",
+            received=what,
+            fix=f"Did you mean {near}?" if near else f"See {prog} --help.",
         ) from None
 
 
-def _flatten(box: str) -> str:
-    """The words of tyro's boxed complaint on one line, without its frame, title and closing advice."""
-    lines = [line.strip(" │╭╮╰╯─\n") for line in re.split(r"│ ─+ │\n", box)[0].splitlines()]
-    words = [line for line in lines[1:] if line] or [line for line in lines if line]
-    return " ".join(words).rstrip(".")
+def _read_box(box: str) -> tuple[str, str | None]:
+    """What tyro complains of, on one line, and the flag it suggests.
+
+    The first line is a title; rules part what follows into the complaint, suggestions and advice. The frame is drawn
+    in Unicode, or in ASCII where the terminal has no more.
+    """
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        row = line.strip(" │")
+        if row.strip("─-╭╮╰╯ "):
+            parts[-1].append(row)
+        else:
+            parts.append([])
+    parts = [part for part in parts if part]
+    suggestions = next((part for part in parts[1:] if part[0].startswith("Perhaps")), [])
+    near = re.search(r"(?<!\S)--[\w.-]+", " ".join(suggestions))
+    return " ".join(parts[0]).rstrip("."), near[0] if near else None
 
 
 def _say(line: str) -> None:

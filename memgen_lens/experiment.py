@@ -25,6 +25,7 @@ from memgen_lens.analysis import (
     record,
     sweep_steering,
 )
+from memgen_lens.analysis.activations import site_hooks
 from memgen_lens.behavior import observe
 from memgen_lens.core.errors import MemgenError, PairsError, RunDirectoryError
 from memgen_lens.core.files import cannot_write, write_json, write_jsonl
@@ -34,7 +35,8 @@ from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, S
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
 from memgen_lens.presets import ExperimentConfig
-from memgen_lens.training import TrainingRun, train
+from memgen_lens.training import TrainingRun, build_model, train
+from memgen_lens.training.models import require_device
 from memgen_lens.viz.report import write_report
 
 SCHEMA = 1
@@ -138,6 +140,7 @@ def run_experiment(
     started = time.perf_counter()
     directory = Path(out)
     config = config.seeded()
+    _require_possible(config)
     _prepare(directory, config, resume=resume, force=force)
 
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
@@ -338,6 +341,14 @@ def _steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
 
 def _rates(rates: SteeringRates) -> dict[str, Any]:
     return {"ci95": rates.shift["ci95"], "other_rate": rates.other["rate"], "controls": rates.controls}
+
+
+def _require_possible(config: ExperimentConfig) -> None:
+    """Refuse, before an hour of training, a device that is not there or a site that the model will not have."""
+    require_device(config.train.device, call="run_experiment")
+    untrained = build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
+    for site in (*config.analysis.sites, config.analysis.probe_site):
+        site_hooks(untrained, site)
 
 
 def _prepare(directory: Path, config: ExperimentConfig, *, resume: bool, force: bool) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.utils import get_act_name
+from transformer_lens.utilities import get_act_name
 
 from memgen_lens.behavior import by_length
 from memgen_lens.core.errors import SiteError, suggest

@@ -6,7 +6,7 @@ Does not choose its settings (see `sweep`) nor judge what it does (see `evaluati
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Steering:
         source: Activations | None = None,
         layers: Sequence[int] | None = None,
         positions: Positions | None = None,
-    ) -> Self:
+    ) -> "Steering":
         """Steer the neurons with the largest abs(rho).
 
         Args:

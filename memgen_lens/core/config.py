@@ -5,12 +5,14 @@ settings (see `memgen_lens.cli`).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from memgen_lens.core.errors import MemgenError, SettingsError, suggest
 from memgen_lens.core.types import Positions
+
+S = TypeVar("S", bound="Settings")
 
 
 class _Checked(type(BaseModel)):
@@ -33,7 +35,7 @@ class Settings(BaseModel, metaclass=_Checked):
     )
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls: type[S], text: str) -> S:
         """The settings written by ``model_dump_json()``.
 
         Raises:
@@ -44,7 +46,7 @@ class Settings(BaseModel, metaclass=_Checked):
         except ValidationError as error:
             raise settings_error(cls, error) from None
 
-    def but(self, **changes: Any) -> Self:
+    def but(self: S, **changes: Any) -> S:
         """A copy with some settings changed, checked like a new one."""
         return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | changes))
 
@@ -102,7 +104,7 @@ class ModelConfig(Settings):
     """Gate the MLP's hidden layer (SwiGLU with act_fn="silu")."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> "ModelConfig":
         if self.d_model % self.n_heads:
             raise SettingsError(
                 "ModelConfig",
@@ -184,7 +186,7 @@ class AnalysisConfig(Settings):
     """Prompts in one forward pass of the analysis."""
 
     @model_validator(mode="after")
-    def _shares_leave_a_test(self) -> Self:
+    def _shares_leave_a_test(self) -> "AnalysisConfig":
         if self.select_share + self.tune_share >= 1:
             raise SettingsError(
                 "AnalysisConfig",

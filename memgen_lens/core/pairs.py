@@ -5,7 +5,7 @@ Does not know how they were found: see `memgen_lens.analysis.pairs`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -55,7 +55,7 @@ class PromptPairs:
         items: Sequence[int] | None = None,
         shares: tuple[float, float] = (0.4, 0.2),
         seed: int = 0,
-    ) -> Self:
+    ) -> "PromptPairs":
         """Pairs from a user's own prompts: pair p is ``memorized[p]`` beside ``generalized[p]``.
 
         Args:
@@ -133,7 +133,7 @@ class PromptPairs:
             )
         return index
 
-    def take(self, index: Int[np.ndarray, " index"]) -> Self:
+    def take(self, index: Int[np.ndarray, " index"]) -> "PromptPairs":
         """The pairs at ``index``, in that order."""
         return replace(
             self,

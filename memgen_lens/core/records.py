@@ -6,7 +6,7 @@ reported without torch. They do not compute: the stages do.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -119,7 +119,7 @@ class NeuronScores:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "NeuronScores":
         """Read what `save` wrote.
 
         Raises:

@@ -8,7 +8,6 @@ so that small models learn it in minutes.
 import random
 import re
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -48,7 +47,7 @@ class Addition(Task):
     """Seed of the choice of items and of the random strings."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _possible(self) -> "Addition":
         operands = 10**self.n_digits
         sums = operands * (operands - 1) // 2
         asked = self.n_memorized + self.n_heldout + self.n_validation
@@ -64,7 +63,7 @@ class Addition(Task):
         if self.n_memorized > 16**self.memory_length:
             raise TaskError(
                 "Addition",
-                expected=f"n_memorized of at most {16**self.memory_length}: {self.memory_length} hex digits have no more strings",
+                expected=f"n_memorized of at most {16**self.memory_length}, all strings of that length",
                 received=str(self.n_memorized),
                 fix="Lower n_memorized or raise memory_length.",
             )

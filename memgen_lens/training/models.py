@@ -83,7 +83,7 @@ def save_model(model: HookedTransformer, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     cfg = {name: value for name, value in model.cfg.to_dict().items() if _is_plain(value)}
-    write_json(directory / "config.json", cfg | {"dtype": str(model.cfg.dtype).removeprefix("torch.")})
+    write_json(directory / "config.json", cfg)
     save_tensors(model.state_dict(), directory / "model.safetensors")
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(str(directory))
@@ -111,7 +111,7 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransform
         raise missing(directory / "tokenizer.json")
     try:
         cfg = HookedTransformerConfig.from_dict(
-            config | {"device": device, "dtype": getattr(torch, config["dtype"]), "init_weights": False}
+            config | {"device": device, "init_weights": False}
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
         model = _hooked_transformer(cfg, tokenizer)

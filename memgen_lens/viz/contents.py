@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl
+from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.records import (
     Evaluation,
-    Item,
     NeuronScores,
-    Outcome,
     ProbeReport,
     ProbeScores,
     SideEffects,
@@ -43,7 +42,7 @@ class RunContents:
         pairs: Rows of ``pairs.jsonl``; empty where no prompt flipped.
         scores: Neuron scores, a site each.
         probes: The probes' report, or None.
-        sweep: Steering settings tried on ``tune``.
+        sweep: Steering settings tried on ``tune``: for all layers, then the chosen one layer by layer.
         shift: Steering by shifting on ``test``, or None.
         patch: Steering by patching on ``test``, or None.
         why: By stage (``attribution``, ``probe``, ``steering``, ``shift``, ``patch``), why it has no figures.
@@ -86,6 +85,10 @@ def read_run(directory: str | Path) -> RunContents:
     absent = {"why": why["steering"]} if why["steering"] else None
     tables = {mode: steering.get(mode) or absent for mode in ("shift", "patch")}
     why |= {mode: _why(table) for mode, table in tables.items()}
+    pairs = _optional(directory / "pairs.jsonl", why["attribution"], read_jsonl, _each(dict)) or ()
+    counted = (metrics.get("pairs") or {}).get("n")
+    if counted is not None and counted != len(pairs):
+        raise damaged(directory / "pairs.jsonl", f"{len(pairs)} pairs where metrics.json counts {counted}")
     path = directory / "steering.json"
     return RunContents(
         directory=directory,
@@ -93,10 +96,10 @@ def read_run(directory: str | Path) -> RunContents:
         metrics=metrics,
         history=_read(directory / "history.jsonl", read_jsonl, _each(lambda row: Evaluation(**row))),
         outcomes=_read(directory / "outcomes.jsonl", read_jsonl, _each(_outcome)),
-        pairs=_optional(directory / "pairs.jsonl", why["attribution"], read_jsonl, _each(dict)) or (),
+        pairs=pairs,
         scores=_scores(directory, metrics.get("attribution") or {}),
         probes=_optional(directory / "probes.json", why["probe"], read_json, _probes),
-        sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("layers", ())]),
+        sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
         shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
         patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
         why={name: text for name, text in why.items() if text},
@@ -105,7 +108,7 @@ def read_run(directory: str | Path) -> RunContents:
 
 def _why(block: Any) -> str:
     """Why a block lacks figures; "" where it gives no reason to."""
-    return str(block.get("why", "")) if block else "This run did not measure it."
+    return str(block.get("why") or "") if block else "This run did not measure it."
 
 
 def _read(path: Path, reader: Callable[[Path], Any], make: Callable[[Any], T]) -> T:

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.records import Evaluation, NeuronScores, Outcome, ProbeReport
+from memgen_lens.core.items import Outcome
+from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
@@ -308,7 +309,7 @@ def learning_curve(report: ProbeReport) -> go.Figure:
     figure.add_hline(y=0.5, line={"color": MUTED, "dash": "dot", "width": 1.5}, annotation_text="chance")
     figure.update_xaxes(title_text="pairs the probe was fitted on", rangemode="tozero")
     figure.update_yaxes(title_text="AUROC on test pairs")
-    title = f"Learning curve ({escape(report.site)}, layer {report.best_layer})"
+    title = f"Learning curve (layer {report.best_layer})"
     return themed(figure, title, height=340)
 
 

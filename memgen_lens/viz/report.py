@@ -4,18 +4,19 @@ Does not measure anything: what a run does not hold, the report says is missing,
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from memgen_lens.core.files import write_text
-from memgen_lens.core.records import MINIMUM_PAIRS, NeuronScores, Outcome, SteeringTable, SweepRow
+from memgen_lens.core.items import Outcome
+from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
@@ -50,6 +51,29 @@ def write_report(directory: str | Path) -> Path:
 
 def render(run: RunContents) -> str:
     """The report of a run as HTML."""
+    tables = {mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None}
+    return _template().render(
+        run=run,
+        title=_title(run),
+        verdict=wording.verdict(run),
+        key_figures=wording.key_figures(run),
+        figures={name: _html(name, figure) for name, figure in _figures(run)},
+        splits=_splits(run),
+        facts=_facts(run),
+        examples=_examples(run.outcomes),
+        long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
+        sites=[_site(scores) for scores in run.scores],
+        tables=tables,
+        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
+        sweep_rows=_best_rows(run),
+        settings=_settings(run.config),
+        colors=BEHAVIOR_COLORS,
+        plotlyjs=get_plotlyjs(),
+    )
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("memgen_lens.viz"),
         autoescape=True,
@@ -64,26 +88,7 @@ def render(run: RunContents) -> str:
         "value": _value,
         "label": lambda name: str(name).replace("_", " "),
     }
-    tables = {mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None}
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        title=_title(run),
-        verdict=wording.verdict(run),
-        key_figures=wording.key_figures(run),
-        figures={name: _html(name, figure) for name, figure in _figures(run)},
-        splits=_splits(run),
-        facts=_facts(run),
-        examples=_examples(run.outcomes),
-        long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
-        sites=[_site(scores) for scores in run.scores],
-        tables=tables,
-        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
-        sweep_rows=_best_rows(run.sweep),
-        minimum_pairs=MINIMUM_PAIRS,
-        settings=_settings(run.config),
-        colors=BEHAVIOR_COLORS,
-        plotlyjs=Markup(get_plotlyjs()),
-    )
+    return environment.get_template("report.html.j2")
 
 
 def _title(run: RunContents) -> str:
@@ -122,7 +127,7 @@ def _chosen(run: RunContents) -> Any:
     return run.shift.setting if run.shift is not None and run.shift.setting in swept else None
 
 
-def _html(name: str, figure: go.Figure) -> Markup:
+def _html(name: str, figure: go.Figure) -> str:
     """A figure as a div and the script that draws it; plotly.js itself is in the page once."""
     # Plotly's own bar of buttons has one that uploads the figure's data: ours saves it to a file and no more.
     config = {
@@ -132,7 +137,7 @@ def _html(name: str, figure: go.Figure) -> Markup:
         "showSendToCloud": False,
         "toImageButtonOptions": {"format": "svg", "filename": name},
     }
-    return Markup(to_html(figure, config, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}"))
+    return to_html(figure, config, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}")
 
 
 def _splits(run: RunContents) -> list[dict[str, Any]]:
@@ -150,10 +155,11 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
     settings = run.config.get("settings") or {}
     train = settings.get("train") or {}
     shape = train.get("model") or {}
-    task = run.config.get("task") or settings.get("task") or {}
+    task = {"name": _title(run)} | dict(settings.get("task") or {})
     known = ("n_layers", "d_model", "n_heads", "d_mlp", "positional_embedding_type")
     facts = [
-        ("Task", _listed(task) if isinstance(task, Mapping) else str(task)),
+        ("Experiment", str(settings.get("about") or "")),
+        ("Task", _listed(task)),
         ("Model", _listed({name: shape[name] for name in known if name in shape})),
     ]
     if run.history:
@@ -210,21 +216,26 @@ def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
         rows.append({"toward": side.toward, "name": "steered", "n": f"{side.n} prompts", **steered, **others})
         for name, control in side.controls.items():
             form = control.get("memorized_form") or {}
-            drawn = {"rate": control.get("mean"), "ci95": control.get("ci95"), "why": control.get("why")}
-            form = {"rate": form.get("mean"), "ci95": form.get("ci95")}
-            draws = f"{control['n_draws']} draws" if control.get("n_draws") else ""
+            n = control.get("n_draws")
+            # One draw has no spread to show.
+            drawn, form = (
+                {"rate": block.get("mean"), "ci95": block.get("ci95") if n != 1 else None} for block in (control, form)
+            )
+            drawn["why"] = control.get("why")
+            draws = "" if n is None else "1 draw" if n == 1 else f"{n} draws"
             rows.append({"toward": side.toward, "name": name, "n": draws, "form": form, **drawn})
     return rows
 
 
-def _best_rows(sweep: Sequence[SweepRow]) -> list[SweepRow]:
-    """For each site, mode and positions, the best row for all layers; the best of all first."""
+def _best_rows(run: RunContents) -> list[tuple[SweepRow, bool]]:
+    """The rows that were chosen, each marked so, then the row of largest gain of each site, mode and positions."""
+    whole = sorted((row for row in run.sweep if row.layers is None), key=gain, reverse=True)
+    chosen = {table.setting for table in (run.shift, run.patch) if table is not None}
     best: dict[tuple[str, str, str], SweepRow] = {}
-    for row in sweep:
-        place = (row.setting.site, row.setting.mode, row.setting.positions)
-        if row.layers is None and (place not in best or gain(row) > gain(best[place])):
-            best[place] = row
-    return sorted(best.values(), key=gain, reverse=True)
+    for row in whole:
+        best.setdefault((row.setting.site, row.setting.mode, row.setting.positions), row)
+    shown = [row for row in whole if row.setting in chosen or row in best.values()]
+    return sorted(((row, row.setting in chosen) for row in shown), key=lambda pair: not pair[1])
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:

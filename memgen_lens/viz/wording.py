@@ -41,7 +41,8 @@ def interval(ends: Any, *, shares: bool = True) -> str:
     if ends is None:
         return ""
     low, high = ends
-    return f"[{100 * low:.1f}, {100 * high:.1f}]" if shares else f"[{low:.3f}, {high:.3f}]"
+    scale, digits = (100, 1) if shares else (1, 3)
+    return f"[{scale * low:.{digits}f},\N{NO-BREAK SPACE}{scale * high:.{digits}f}]"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -115,31 +116,31 @@ def _steering(run: RunContents) -> list[str]:
             return ["Nor was steering, for the same reason."]
         return [f"Steering was not measured: {run.why['shift'].rstrip('.')}."] if "shift" in run.why else []
     there, back = table.to_generalization, table.to_memorization
-    form = percent(back.memorized_form.get("rate"))
+    forms = {name: control.get("memorized_form") or {} for name, control in back.controls.items()}
     return [
         f"Shifting {describe(table.setting)} turns {percent(there.shift.get('rate'))} of {there.n} recalled "
-        f"test prompts into the rule's answer{_beside_controls(there)}.",
+        f"test prompts into the rule's answer{_beside(there.shift, there.controls)}.",
         f"The other way, {percent(back.shift.get('rate'))} of {back.n} become exact recall"
-        f"{_beside_controls(back)}, and {form} take the form of a memorized answer, the item's own or not.",
+        f"{_beside(back.shift, back.controls)}, and {percent(back.memorized_form.get('rate'))} take the form of "
+        f"a memorized answer, the item's own or not{_beside(back.memorized_form, forms)}.",
         _side_effects(table),
     ]
 
 
-def strongest_control(rates: SteeringRates) -> tuple[str, dict[str, Any]] | None:
-    """The control with the largest mean, or None where no control could be drawn."""
-    drawn = {name: control for name, control in rates.controls.items() if control.get("mean") is not None}
+def strongest_control(controls: dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]] | None:
+    """The control with the largest mean and its name, or None where no control could be drawn."""
+    drawn = {name: control for name, control in controls.items() if control.get("mean") is not None}
     return max(drawn.items(), key=lambda pair: pair[1]["mean"]) if drawn else None
 
 
-def _beside_controls(rates: SteeringRates) -> str:
-    """The strongest control, and whether it explains the shift away."""
-    strongest = strongest_control(rates)
-    if strongest is None or rates.shift.get("ci95") is None:
+def _beside(share: dict[str, Any], controls: dict[str, dict[str, Any]]) -> str:
+    """The strongest control in brackets, and whether the draws of any control reach the share's interval."""
+    strongest = strongest_control(controls)
+    if strongest is None or share.get("ci95") is None:
         return ""
-    name, control = strongest
-    text = f"strongest control, {name.replace('_', ' ')}: {percent(control['mean'])}"
-    explained = rates.shift["ci95"][0] <= control["ci95"][1]
-    return f" ({text}, so no clear effect)" if explained else f" ({text})"
+    text = f"strongest control, {strongest[0].replace('_', ' ')}: {percent(strongest[1]['mean'])}"
+    reach = max(control["ci95"][1] for control in controls.values() if control.get("mean") is not None)
+    return f" ({text}, so no clear effect)" if share["ci95"][0] <= reach else f" ({text})"
 
 
 def _side_effects(table: SteeringTable) -> str:
@@ -148,7 +149,9 @@ def _side_effects(table: SteeringTable) -> str:
     if before is None or after is None:
         return f"Side effects were not measured: {effects.why.rstrip('.')}." if effects.why else ""
     kl = "" if effects.kl_nats is None else f" (KL divergence {effects.kl_nats:.3f} nats)"
-    change = f"from {percent(before)} to {percent(after)}{kl}"
+    opposite = effects.heldout_generalization_steered_to_memorization
+    other = "" if opposite is None else f", the opposite shift to {percent(opposite)}"
+    change = f"from {percent(before)} to {percent(after)}{kl}{other}"
     return f"On held-out prompts the same shift takes generalization {change}."
 
 
@@ -194,7 +197,7 @@ def _probe_figure(run: RunContents) -> KeyFigure:
 def _steered(label: str, what: str, run: RunContents, rates: SteeringRates | None) -> KeyFigure:
     if rates is None:
         return KeyFigure(label, UNKNOWN, "", run.why.get("shift", "not measured"))
-    strongest = strongest_control(rates)
+    strongest = strongest_control(rates.controls)
     beside = "no control" if strongest is None else f"strongest control {percent(strongest[1]['mean'])}"
     if rates.toward == "memorization":
         beside = f"memorized form {percent(rates.memorized_form.get('rate'))}; {beside}"

@@ -9,20 +9,18 @@ import numpy as np
 import pytest
 
 from memgen_lens.core.files import write_json, write_jsonl
+from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.pairs import PromptPairs, split_items
 from memgen_lens.core.records import (
     Evaluation,
-    Item,
     NeuronScores,
-    Outcome,
     ProbeReport,
     ProbeScores,
-    PromptPairs,
     SideEffects,
     SteeringRates,
     SteeringSetting,
     SteeringTable,
     SweepRow,
-    split_items,
 )
 from memgen_lens.core.stats import mean_of_draws, wilson
 
@@ -171,6 +169,10 @@ def sweep_rows() -> list[SweepRow]:
     return [*rows, SweepRow(patch, None, 12, 0.75, 0.1, 0.5, 0.6, 0.1)]
 
 
+def layer_rows() -> list[SweepRow]:
+    return [SweepRow(CHOSEN, (layer,), 12, 0.8 * layer, 0.1, 0.0, 0.7 * layer, 0.1) for layer in range(2)]
+
+
 def metrics() -> dict[str, Any]:
     return {
         "schema": 1,
@@ -198,8 +200,9 @@ def config() -> dict[str, Any]:
     return {
         "settings": {
             "preset": "quickstart",
+            "about": "two-digit addition; 2 layers of width 128",
             "seed": 0,
-            "task": {"name": "addition", "n_digits": 2, "n_memorized": N_ITEMS},
+            "task": {"n_digits": 2, "n_memorized": N_ITEMS},
             "train": {"model": model, "max_steps": 1500, "batch_size": 256, "learning_rate": 0.002},
             "analysis": {
                 "sites": ["resid_post", "post"],
@@ -211,7 +214,8 @@ def config() -> dict[str, Any]:
         "machine": {"cpu": "x86_64", "cores": 2, "system": "Linux"},
         "command": "memgen-lens run quickstart --out runs/quickstart --seed 0",
         "stop_reason": "both targets reached at step 1500",
-        "task": {"name": "addition", "n_digits": 2, "n_memorized": N_ITEMS},
+        "task": "addition",
+        "argv": None,
     }
 
 
@@ -225,7 +229,7 @@ def write_run(directory: Path) -> Path:
         neuron_scores(site, n_neurons=width).save(directory / "scores")
     write_json(directory / "probes.json", probe_report().summary())
     tables = {mode: steering_table(mode) for mode in ("shift", "patch")}
-    write_json(directory / "steering.json", {"tune": sweep_rows(), **tables})
+    write_json(directory / "steering.json", {"tune": sweep_rows(), "by_layer": layer_rows(), **tables})
     return directory
 
 
@@ -253,6 +257,7 @@ def samples() -> SimpleNamespace:
         probe_report,
         steering_table,
         sweep_rows,
+        layer_rows,
         config,
         metrics,
         write_run,

@@ -1,0 +1,24 @@
+"""Execute the notebooks in place and keep their outputs: ``make demos``.
+
+With MEMGEN_DEMO_STEPS set, training in the notebooks is cut to that many steps (the tests do so).
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """Run all cells of a notebook and return it with their outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": HERE}}).execute()
+    return notebook
+
+
+if __name__ == "__main__":
+    for path in [HERE / name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+        nbformat.write(execute(path), path)

@@ -1,0 +1,260 @@
+"""Recording against TransformerLens' own cache, prompt by prompt; what is refused; what is left behind."""
+
+from collections import Counter
+
+import numpy as np
+import planted
+import pytest
+import torch
+
+import memgen_lens as mg
+from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES
+from memgen_lens.core.errors import ModelError, SiteError
+
+ALL_SITES = [*LAYER_SITES, *MODEL_SITES]
+
+
+def cached(model, prompt, site):
+    """``[layer, neuron]`` at the last position, by TransformerLens' own ways alone."""
+    _, cache = model.run_with_cache(prompt)
+    if site == "ln_final":
+        rows = [cache["ln_final.hook_normalized"]]
+    elif site in MODEL_SITES:
+        rows = [cache[site]]
+    elif site.startswith("ln"):
+        rows = [cache["normalized", layer, site] for layer in range(model.cfg.n_layers)]
+    else:
+        rows = [cache[site, layer] for layer in range(model.cfg.n_layers)]
+    return np.stack([row[0, -1].flatten().numpy() for row in rows])
+
+
+def both_sides(site):
+    return np.concatenate([site.memorized, site.generalized])
+
+
+@pytest.fixture
+def model():
+    """A planted model of the test's own, to hang hooks on."""
+    return planted.build_model()
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Pairs whose prompts have 4 to 7 tokens."""
+    pairs = planted.prompt_pairs(20)
+    assert len({len(item.prompt) for item in (*pairs.memorized, *pairs.generalized)}) == 4
+    return pairs
+
+
+def refused_in_the_middle(model, tokens, hook):
+    raise RuntimeError("a user's own hook failed")
+
+
+@pytest.mark.parametrize("site", ALL_SITES)
+def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, site):
+    pairs = learned.pairs.take(np.arange(0, len(learned.pairs), 8))
+    recorded = mg.record(learned.model, pairs, [site]).site(site)
+    for items, values in ((pairs.memorized, recorded.memorized), (pairs.generalized, recorded.generalized)):
+        expected = np.stack([cached(learned.model, item.prompt, site) for item in items])
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_prompts_of_several_lengths_in_one_call_give_what_each_gives_alone(model, mixed):
+    acts = mg.record(model, mixed, ["post", "z", "resid_pre"])
+    for site in acts.sites:
+        expected = [cached(model, item.prompt, site) for item in (*mixed.memorized, *mixed.generalized)]
+        np.testing.assert_allclose(both_sides(acts.site(site)), np.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_any_batch_size_gives_the_same(learned, batch_size):
+    pairs = learned.pairs.take(np.arange(12))
+    acts = mg.record(learned.model, pairs, ["resid_post", "post"], batch_size=batch_size)
+    for site in acts.sites:
+        everything_at_once = both_sides(learned.acts.site(site))[[*range(12), *range(70, 82)]]
+        np.testing.assert_allclose(both_sides(acts.site(site)), everything_at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"default_prepend_bos": True}, {"default_padding_side": "left"}])
+def test_a_model_with_a_begin_token_or_left_padding_gives_what_each_prompt_gives_alone(mixed, settings):
+    model = planted.build_model(**settings)
+    acts = mg.record(model, mixed, ["post"])
+    expected = [cached(model, item.prompt, "post") for item in (*mixed.memorized, *mixed.generalized)]
+    np.testing.assert_allclose(both_sides(acts.site("post")), np.stack(expected), atol=1e-6)
+    assert model.tokenizer.padding_side == settings.get("default_padding_side", "right")
+
+
+def test_only_what_was_asked_for_is_kept(learned):
+    cfg = learned.model.cfg
+    assert list(learned.acts.sites) == ["resid_post", "post", "z"]
+    widths = {"resid_post": cfg.d_model, "post": cfg.d_mlp, "z": cfg.n_heads * cfg.d_head}
+    for site, width in widths.items():
+        shape = (len(learned.pairs), cfg.n_layers, width)
+        assert learned.acts.site(site).memorized.shape == learned.acts.site(site).generalized.shape == shape
+
+
+def test_heads_are_flattened_head_by_head(learned):
+    _, cache = learned.model.run_with_cache(learned.pairs.memorized[3].prompt)
+    d_head = learned.model.cfg.d_head
+    for head in range(learned.model.cfg.n_heads):
+        recorded = learned.acts.site("z").memorized[3, 1, head * d_head : (head + 1) * d_head]
+        np.testing.assert_allclose(recorded, cache["z", 1][0, -1, head].numpy(), atol=1e-5)
+
+
+def test_a_full_hook_name_is_a_site_of_one_layer(learned):
+    name = "blocks.1.mlp.hook_post"
+    recorded = mg.record(learned.model, learned.pairs, [name]).site(name)
+    np.testing.assert_allclose(
+        both_sides(recorded), both_sides(learned.acts.site("post"))[:, [1]], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_embedding_at_the_answer_position_comes_along(learned):
+    model, pairs = learned.model, learned.pairs
+    tokens = model.to_tokens([item.prompt for item in (*pairs.memorized, *pairs.generalized)])
+    expected = model.W_E[tokens[:, -1]] + model.W_pos[tokens.shape[1] - 1]
+    np.testing.assert_allclose(both_sides(learned.acts.embedding)[:, 0], expected.detach().numpy(), atol=1e-6)
+
+
+def test_the_tokens_come_along_padded_with_minus_one(model, mixed):
+    tokens = mg.record(model, mixed, ["post"]).tokens
+    assert tokens.shape == (40, 7)
+    for row, item in zip(tokens, (*mixed.memorized, *mixed.generalized), strict=True):
+        expected = model.to_tokens(item.prompt)[0].tolist()
+        assert row.tolist() == expected + [-1] * (7 - len(expected))
+
+
+@pytest.mark.parametrize(
+    ("sites", "last"),
+    [
+        (["blocks.0.hook_resid_post"], "blocks.0"),
+        (["blocks.0.mlp.hook_post", "embed"], "blocks.0"),
+        (["embed"], None),
+        (["resid_pre"], "blocks.1"),
+        (["unembed.hook_out"], "unembed"),
+    ],
+)
+def test_the_forward_pass_stops_after_the_last_layer_asked_for(model, mixed, sites, last):
+    calls = Counter()
+
+    def count(activation, hook):
+        calls["embed" if hook.name == "hook_embed" else hook.name.rsplit(".hook", 1)[0]] += 1
+
+    parts = {"blocks.0": "blocks.0.hook_resid_post", "blocks.1": "blocks.1.hook_resid_post"}
+    parts |= {"unembed": "unembed.hook_out", "embed": "hook_embed"}
+    for name in parts.values():
+        model.add_hook(name, count)
+    mg.record(model, mixed, sites)
+    order = ["embed", "blocks.0", "blocks.1", "unembed"]
+    reached = order[: order.index(last or "embed") + 1]
+    # One call for each of the four lengths, in each part reached; none in the others.
+    assert calls == {part: 4 for part in reached}
+
+
+def test_no_gradient_is_kept_and_no_weight_changed(learned):
+    assert all(parameter.grad is None for parameter in learned.model.parameters())
+
+
+def test_recording_leaves_no_hook_and_the_same_logits(model, mixed):
+    before = model("abM=")
+    mg.record(model, mixed, ["post", "resid_post", "hook_embed"])
+    assert planted.hooks_on(model) == {}
+    assert torch.equal(model("abM="), before)
+
+
+@pytest.mark.parametrize("where", ["blocks.0.hook_resid_pre", "blocks.1.mlp.hook_post"])
+def test_after_a_users_hook_failed_only_that_hook_is_left(model, mixed, where):
+    before = model("abM=")
+
+    def fail(activation, hook):
+        raise RuntimeError("a user's own hook failed")
+
+    def look(activation, hook):
+        return None
+
+    model.add_hook(where, fail)
+    model.add_hook("blocks.0.hook_resid_post", look)
+    with pytest.raises(RuntimeError, match="a user's own hook failed"):
+        mg.record(model, mixed, ["resid_pre", "post"])
+    assert planted.hooks_on(model) == {where: 1, "blocks.0.hook_resid_post": 1}
+    assert model.context_level == 0
+    model.reset_hooks()
+    assert torch.equal(model("abM="), before)
+
+
+def test_recording_inside_a_users_hook_context_sees_their_hooks_and_leaves_them(model, mixed):
+    plain = mg.record(model, mixed, ["resid_post"]).site("resid_post")
+
+    def double(activation, hook):
+        return 2 * activation
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", double)]):
+        doubled = mg.record(model, mixed, ["resid_post"]).site("resid_post")
+        assert planted.hooks_on(model) == {"blocks.1.hook_resid_post": 1}
+    np.testing.assert_allclose(doubled.memorized[:, 1], 2 * plain.memorized[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(doubled.memorized[:, 0], plain.memorized[:, 0], rtol=1e-6)
+
+
+def test_an_unknown_site_is_answered_with_the_near_names(model, mixed):
+    with pytest.raises(SiteError, match=r"site 'resid_pots'.*received 'resid_pots'\. Did you mean resid_post"):
+        mg.record(model, mixed, ["post", "resid_pots"])
+
+
+def test_a_mistyped_full_name_is_answered_with_the_near_full_names(model, mixed):
+    with pytest.raises(SiteError, match=r"Did you mean .*blocks\.1\.mlp\.hook_post"):
+        mg.record(model, mixed, ["blocks.1.mlp.hook_pots"])
+
+
+def test_a_site_that_the_model_lacks_is_named(model, mixed):
+    with pytest.raises(SiteError, match=r"site 'ln1'.*received blocks\.0\.ln1\.hook_normalized, which it does not"):
+        mg.record(model, mixed, ["ln1"])
+
+
+def test_a_layer_that_the_model_lacks_is_refused(model, mixed):
+    with pytest.raises(SiteError, match=r"received 'blocks\.2\.hook_resid_post'"):
+        mg.record(model, mixed, ["blocks.2.hook_resid_post"])
+
+
+def test_a_bare_string_instead_of_a_list_is_refused(model, mixed):
+    with pytest.raises(SiteError, match=r"expected a list of sites; received 'post'. Write sites=\['post'\]\."):
+        mg.record(model, mixed, "post")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.hook_pattern", "blocks.0.attn.hook_attn_scores"])
+def test_a_hook_point_without_one_row_a_position_is_refused(learned, name):
+    """A pattern is ``[batch, head, query, key]``: its second axis is no position."""
+    with pytest.raises(SiteError, match="position"):
+        mg.record(learned.model, learned.pairs, [name])
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.hook_result", "blocks.1.hook_mlp_in"])
+def test_a_hook_point_that_this_model_never_calls_is_refused(model, mixed, name):
+    """TransformerLens lists them and runs them only where cfg.use_attn_result or cfg.use_hook_mlp_in is set."""
+    assert name in model.hook_dict
+    with pytest.raises(SiteError, match=name):
+        mg.record(model, mixed, [name])
+
+
+def test_no_pairs_at_all_is_refused_with_the_way_out(model, mixed):
+    with pytest.raises(mg.MemgenError, match="pair"):
+        mg.record(model, mixed.take(np.array([], dtype=np.int64)), ["post"])
+
+
+def test_a_character_that_the_tokenizer_lacks_is_named(model):
+    pairs = mg.PromptPairs.from_strings(memorized=["abM="], generalized=["ab?="])
+    with pytest.raises(ModelError, match=r"'ab\?=', in which '\?' has no token"):
+        mg.record(model, pairs, ["post"])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model):
+    pairs = mg.PromptPairs.from_strings(memorized=["a" * 24 + "="], generalized=["abG="])
+    with pytest.raises(ModelError, match=r"at most 24 tokens, the model's context; received 25 tokens"):
+        mg.record(model, pairs, ["post"])
+
+
+def test_tokens_on_another_device_than_the_weights_are_refused(mixed):
+    model = planted.build_model().to("meta")
+    model.cfg.device = "cpu"
+    with pytest.raises(ModelError, match=r"weights on meta, tokens on cpu.*Move the model with model\.to"):
+        mg.record(model, mixed, ["post"])

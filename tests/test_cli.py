@@ -1,0 +1,110 @@
+"""The command line: what it prints, what it refuses, and what it does not import."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from memgen_lens.cli import main
+
+HEAVY = ("torch", "transformer_lens", "transformers", "sklearn", "scipy", "plotly", "datasets", "pandas")
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, f"more than one line: {err!r}"
+    assert "Traceback" not in err
+    return err
+
+
+def printed(capsys, *arguments: str) -> str:
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        assert stop.code in (0, None)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["run", "--help"], ["run", "quickstart", "--help"], ["presets"]])
+def test_help_imports_nothing_heavy(flags):
+    code = (
+        "import sys\nfrom memgen_lens.cli import main\ntry:\n"
+        f"    main({flags!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.strip() == "[]"
+
+
+def test_help_of_the_module_and_of_the_script_are_the_same_and_fast():
+    started = time.perf_counter()
+    module = subprocess.run([sys.executable, "-m", "memgen_lens", "--help"], capture_output=True, text=True, check=True)
+    # Generous: the requirement is one second on an idle machine; this catches a torch import, which takes several.
+    assert time.perf_counter() - started < 5
+    script = subprocess.run(["memgen-lens", "--help"], capture_output=True, text=True, check=True, env=_path())
+    assert module.stdout == script.stdout
+    assert "run" in module.stdout and "report" in module.stdout and "presets" in module.stdout
+
+
+def _path() -> dict[str, str]:
+    import os
+    from pathlib import Path
+
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_help_of_a_preset_lists_every_setting_with_its_default(capsys):
+    text = printed(capsys, "run", "quickstart", "--help")
+    for flag in ("--out", "--seed", "--train.max-steps", "--train.model.d-model", "--task.n-memorized", "--resume"):
+        assert flag in text
+    assert "Optimizer steps at most" in text
+
+
+def test_presets_are_listed_with_what_they_train(capsys):
+    assert "quickstart  two-digit addition" in printed(capsys, "presets")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["rum"], "invalid choice: 'rum'"),
+        (["run", "quikstart", "--out", "x"], "expected a known preset; received 'quikstart'. Did you mean quickstart?"),
+        (["run", "quickstart"], "Missing from memgen-lens run quickstart: --out"),
+        (["run", "quickstart", "--out", "x", "--sead", "3"], "Unrecognized options: --sead, 3. Did you mean --seed?"),
+        (["run", "quickstart", "--out", "x", "--seed", "abc"], "invalid literal for int() with base 10: 'abc'"),
+        (["run", "quickstart", "--out", "x", "--train.loss", "foo"], "invalid choice 'foo'"),
+        (["run", "quickstart", "--out", "x", "--seed", "-3"], "greater than or equal to 0; received -3"),
+        (["run", "quickstart", "--out", "x", "--task.n-memorized", "9999"], "n_memorized + n_heldout + n_validation"),
+        (["run", "quickstart", "--out", "x", "--train.model.n-heads", "3"], "n_heads that divides d_model"),
+        (["run", "quickstart", "--out", "x", "--task.seed", "7"], "one seed for the whole experiment"),
+        (["run", "quickstart", "--out", "x", "--train.device", "tpu"], "a device of this machine (cpu"),
+        (["run", "quickstart", "--out", "x", "--analysis.sites", "resid_pots"], "Did you mean resid_post"),
+        (["run", "quickstart", "--out", "x", "--resume", "--force"], "expected resume or force; received both"),
+        (["presets", "--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_a_wrong_call_is_told_in_one_line(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, *arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unwritable_directory_is_told_in_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("here already")
+    assert "a directory, or a name that is free" in refused(
+        capsys, "run", "quickstart", "--out", str(tmp_path / "file")
+    )
+    assert "expected a place that can be written" in refused(
+        capsys, "run", "quickstart", "--out", str(tmp_path / "file" / "below")
+    )
+    assert (tmp_path / "file").read_text() == "here already"
+
+
+def test_a_report_of_a_missing_directory_is_told_in_one_line(capsys, tmp_path):
+    assert "no such file" in refused(capsys, "report", str(tmp_path / "nowhere"))

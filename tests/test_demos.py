@@ -1,0 +1,30 @@
+"""The demo notebooks run from top to bottom at reduced size."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+DEMOS = Path(__file__).parent.parent / "demos"
+sys.path.insert(0, str(DEMOS))
+
+import execute  # noqa: E402
+
+
+@pytest.mark.parametrize("path", sorted(DEMOS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_notebook_runs(path, monkeypatch):
+    monkeypatch.setenv("MEMGEN_DEMO_STEPS", "350")
+    monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    notebook = execute.execute(path)
+    text = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
+    assert "towards generalization:" in text
+
+
+@pytest.mark.parametrize("path", sorted(DEMOS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_notebook_keeps_its_outputs(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    shown = [out for cell in cells for out in cell.outputs]
+    assert any(out.output_type == "stream" for out in shown)
+    assert any("application/vnd.plotly.v1+json" in out.get("data", {}) for out in shown)
+    assert all(out.output_type != "error" for out in shown)

@@ -1,0 +1,200 @@
+"""The whole story on a small model: the run directory's contract, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import helpers
+import numpy as np
+import pytest
+
+import memgen_lens as mg
+from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.files import read_json, read_jsonl
+from memgen_lens.core.records import NeuronScores
+
+CONFIG = mg.ExperimentConfig(
+    preset="small",
+    about="a test",
+    task=helpers.SMALL_TASK,
+    train=helpers.SMALL_TRAINING,
+    analysis=mg.AnalysisConfig(top_fractions=(0.1, 0.3), alphas=(1.0, 2.0, 4.0)),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    said = []
+    out = tmp_path_factory.mktemp("runs") / "small"
+    experiment = mg.run_experiment(CONFIG, out=out, progress=False, say=said.append)
+    return experiment, out, said
+
+
+def assert_is_rate(value):
+    assert isinstance(value, float | int) and 0 <= value <= 1
+
+
+def test_a_run_directory_holds_what_the_design_names(finished):
+    _, out, _ = finished
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json",
+        "model",
+        "history.jsonl",
+        "checkpoints",
+        "outcomes.jsonl",
+        "pairs.jsonl",
+        "scores",
+        "probes.json",
+        "steering.json",
+        "metrics.json",
+        "report.html",
+    }
+    assert {path.name for path in (out / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (out / "scores").iterdir()} == {"resid_post.safetensors", "post.safetensors"}
+    pickles = [path for path in out.rglob("*") if path.suffix in (".pt", ".pkl", ".bin", ".npy", ".npz")]
+    assert pickles == []
+
+
+def test_metrics_have_the_names_and_ranges_of_the_design(finished):
+    _, out, _ = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {
+        "schema",
+        "preset",
+        "seed",
+        "behavior",
+        "pairs",
+        "attribution",
+        "probe",
+        "steering",
+        "timing_s",
+    }
+    assert metrics["schema"] == 1 and metrics["preset"] == "small" and metrics["seed"] == 0
+    behavior = metrics["behavior"]
+    for name in ("heldout_generalization", "trained_memorization", "flip_rate"):
+        assert_is_rate(behavior[name])
+    assert sum(behavior["rephrased"].values()) == pytest.approx(1)
+    pairs = metrics["pairs"]
+    assert pairs["n"] == pairs["select"] + pairs["tune"] + pairs["test"]
+    for site in ("resid_post", "post"):
+        attribution = metrics["attribution"][site]
+        assert len(attribution["max_abs_rho_by_layer"]) == 2
+        assert 0 <= attribution["n_fdr05"] <= attribution["n_neurons"]
+    probe = metrics["probe"]
+    assert probe["best_auroc"] == probe["auroc_by_layer"][probe["best_layer"]]
+    assert probe["best_auroc_ci95"][0] <= probe["best_auroc"] <= probe["best_auroc_ci95"][1]
+    for name in ("input_only_auroc", "shuffled_auroc"):
+        assert_is_rate(probe[name])
+    steering = metrics["steering"]
+    assert set(steering["chosen"]) == {"site", "top_fraction", "alpha", "positions"}
+    for way, rates in (
+        ("to_generalization", ["shift_rate", "other_rate"]),
+        ("to_memorization", ["exact_recall_rate", "memorized_form_rate", "other_rate"]),
+    ):
+        for mode in (steering, steering["patch"]):
+            assert mode[way]["n"] == pairs["test"]
+            for name in rates:
+                assert_is_rate(mode[way][name])
+            assert set(mode[way]["controls"]) == {"random_neurons", "low_correlation", "random_sign"}
+        assert steering[way]["controls"]["random_neurons"]["n_draws"] == 20
+    assert_is_rate(steering["side_effects"]["heldout_generalization_steered"])
+    assert steering["side_effects"]["kl_nats"] >= 0
+    assert metrics["timing_s"]["total"] >= metrics["timing_s"]["train"] > 0
+
+
+def test_metrics_agree_with_the_files_they_summarize(finished):
+    experiment, out, _ = finished
+    metrics = read_json(out / "metrics.json")
+    outcomes = read_jsonl(out / "outcomes.jsonl")
+    memorized = [row["behavior"] == "memorization" for row in outcomes if row["split"] == "memorized"]
+    assert metrics["behavior"]["trained_memorization"] == pytest.approx(np.mean(memorized))
+    pairs = read_jsonl(out / "pairs.jsonl")
+    assert len(pairs) == metrics["pairs"]["n"] == len(experiment.pairs)
+    recalled = {row["prompt"] for row in outcomes if row["behavior"] == "memorization"}
+    computed = {row["prompt"] for row in outcomes if row["behavior"] == "generalization"}
+    assert all(row["memorized_prompt"] in recalled and row["generalized_prompt"] in computed for row in pairs)
+    scores = NeuronScores.load(out / "scores" / "resid_post.safetensors")
+    assert metrics["attribution"]["resid_post"]["n_fdr05"] == int((scores.q <= 0.05).sum())
+    assert read_json(out / "steering.json")["shift"]["to_generalization"]["n"] == metrics["pairs"]["test"]
+
+
+def test_the_small_model_is_steered_and_random_neurons_are_not_enough(finished):
+    experiment, _, _ = finished
+    steering = experiment.metrics["steering"]["to_generalization"]
+    assert steering["shift_rate"] > 0.6
+    assert steering["shift_rate"] > steering["controls"]["random_neurons"]["mean"] + 0.3
+    assert experiment.metrics["probe"]["best_auroc"] > 0.9
+
+
+def test_config_is_enough_to_run_it_again(finished):
+    _, out, _ = finished
+    config = read_json(out / "config.json")
+    assert mg.ExperimentConfig.from_json(json.dumps(config["settings"])) == CONFIG.seeded()
+    assert {"torch", "transformer-lens", "memgen-lens", "python"} <= set(config["versions"])
+    assert "stop_reason" in config and "machine" in config
+
+
+def test_the_summary_says_the_main_figures(finished):
+    experiment, _, said = finished
+    text = "\n".join(experiment.summary())
+    assert "computes" in text and "recalls" in text and "steers" in text and "AUROC" in text
+    assert any("memorized prompts flip when rephrased" in line for line in said)
+
+
+def test_a_second_run_into_the_directory_is_refused_and_nothing_is_touched(finished):
+    _, out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(RunDirectoryError, match=r"received one that holds .*--resume, or begin anew with --force"):
+        mg.run_experiment(CONFIG, out=out, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_resuming_a_finished_run_gives_the_same_figures(finished):
+    experiment, out, _ = finished
+    again = mg.run_experiment(CONFIG, out=out, resume=True, progress=False)
+    assert {**again.metrics, "timing_s": 0} == pytest.approx({**experiment.metrics, "timing_s": 0}, abs=0) or (
+        json.dumps({**again.metrics, "timing_s": 0}, default=lambda x: np.asarray(x).tolist())
+        == json.dumps({**experiment.metrics, "timing_s": 0}, default=lambda x: np.asarray(x).tolist())
+    )
+
+
+def test_resuming_with_other_settings_is_refused(finished):
+    _, out, _ = finished
+    changed = CONFIG.but(train=CONFIG.train.but(learning_rate=1e-3))
+    with pytest.raises(RunDirectoryError, match=r"train.learning_rate was 0.003, now 0.001"):
+        mg.run_experiment(changed, out=out, resume=True, progress=False)
+
+
+def test_a_model_that_does_not_flip_gives_a_report_that_says_why(tmp_path):
+    barely = CONFIG.but(train=CONFIG.train.but(max_steps=2))
+    experiment = mg.run_experiment(barely, out=tmp_path / "barely", progress=False)
+    metrics = read_json(tmp_path / "barely" / "metrics.json")
+    for block in ("attribution", "probe", "steering"):
+        assert "0 of 80 items flip" in metrics[block]["why"]
+    assert metrics["behavior"]["flip_rate"] == 0
+    assert experiment.scores == {} and experiment.probes is None
+    assert "0 of 80 items flip" in (tmp_path / "barely" / "report.html").read_text()
+
+
+def test_force_removes_the_former_run_and_leaves_other_files(tmp_path):
+    out = tmp_path / "run"
+    (out / "scores").mkdir(parents=True)
+    (out / "scores" / "old.safetensors").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    barely = CONFIG.but(train=CONFIG.train.but(max_steps=2))
+    mg.run_experiment(barely, out=out, force=True, progress=False)
+    assert not (out / "scores").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_from_the_shell_keeps_other_libraries_quiet(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "memgen_lens", "run", "quickstart", "--out", str(tmp_path / "run"), "--train.max-steps", "3", "--train.model.n-layers", "1", "--train.model.d-model", "32"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in ran.stdout
+    assert "Warning" not in ran.stderr and "deprecated" not in ran.stderr.lower()
+    assert "train addition" in ran.stderr  # the progress bar
