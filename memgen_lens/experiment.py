@@ -28,7 +28,7 @@ from memgen_lens.analysis import (
 from memgen_lens.analysis.activations import site_hooks
 from memgen_lens.behavior import observe
 from memgen_lens.core.errors import MemgenError, PairsError, RunDirectoryError
-from memgen_lens.core.files import cannot_write, write_json, write_jsonl
+from memgen_lens.core.files import cannot_write, read_json, write_json, write_jsonl
 from memgen_lens.core.items import Outcome
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
@@ -197,6 +197,7 @@ def run_experiment(
     write_json(directory / "metrics.json", metrics)
     say("writing the report")
     report = write_report(directory)
+    metrics = read_json(directory / "metrics.json")
     return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
 
 

@@ -1,5 +1,9 @@
 """Small models and tasks that several tests need."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import memgen_lens as mg
 from memgen_lens.training.trainer import TrainingRun
 
@@ -19,3 +23,38 @@ SMALL_TRAINING = mg.TrainConfig(
 def train_small(**arguments) -> TrainingRun:
     """Train on addition until most memorized prompts flip when rephrased (about 20 seconds)."""
     return mg.train(SMALL_TASK, SMALL_TRAINING, progress=False, **arguments)
+
+
+def tiny_task(**settings) -> mg.tasks.Addition:
+    """One-digit sums: made in no time."""
+    return mg.tasks.Addition(
+        **{"n_digits": 1, "n_memorized": 10, "memory_length": 2, "n_heldout": 6, "n_validation": 6} | settings
+    )
+
+
+def tiny_training(**settings) -> mg.TrainConfig:
+    """One layer of width 32, whose step takes milliseconds; no target is ever reached."""
+    return mg.TrainConfig(
+        **{
+            "model": mg.ModelConfig(n_layers=1, d_model=32, n_heads=2, d_mlp=64),
+            "max_steps": 60,
+            "batch_size": 32,
+            "warmup_steps": 5,
+            "eval_every": 20,
+            "checkpoint_every": 10,
+            "target_generalization": 1.0,
+            "target_memorization": 1.0,
+        }
+        | settings
+    )
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Let no file grow beyond ``size`` bytes: writing more fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -153,10 +153,7 @@ def test_a_second_run_into_the_directory_is_refused_and_nothing_is_touched(finis
 def test_resuming_a_finished_run_gives_the_same_figures(finished):
     experiment, out, _ = finished
     again = mg.run_experiment(CONFIG, out=out, resume=True, progress=False)
-    assert {**again.metrics, "timing_s": 0} == pytest.approx({**experiment.metrics, "timing_s": 0}, abs=0) or (
-        json.dumps({**again.metrics, "timing_s": 0}, default=lambda x: np.asarray(x).tolist())
-        == json.dumps({**experiment.metrics, "timing_s": 0}, default=lambda x: np.asarray(x).tolist())
-    )
+    assert {**again.metrics, "timing_s": None} == {**experiment.metrics, "timing_s": None}
 
 
 def test_resuming_with_other_settings_is_refused(finished):
@@ -190,7 +187,21 @@ def test_force_removes_the_former_run_and_leaves_other_files(tmp_path):
 
 def test_a_run_from_the_shell_keeps_other_libraries_quiet(tmp_path):
     ran = subprocess.run(
-        [sys.executable, "-m", "memgen_lens", "run", "quickstart", "--out", str(tmp_path / "run"), "--train.max-steps", "3", "--train.model.n-layers", "1", "--train.model.d-model", "32"],
+        [
+            sys.executable,
+            "-m",
+            "memgen_lens",
+            "run",
+            "quickstart",
+            "--out",
+            str(tmp_path / "run"),
+            "--train.max-steps",
+            "3",
+            "--train.model.n-layers",
+            "1",
+            "--train.model.d-model",
+            "32",
+        ],
         capture_output=True,
         text=True,
         check=True,

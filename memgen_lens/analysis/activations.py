@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
 from memgen_lens.behavior import by_length
 from memgen_lens.core.errors import SiteError, suggest
@@ -57,6 +57,7 @@ def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_
 
     Raises:
         SiteError: A site is unknown, or the model lacks it.
+        PairsError: There are no pairs.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
     if isinstance(sites, str):
@@ -66,6 +67,7 @@ def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_
             received=repr(sites),
             fix=f"Write sites=[{sites!r}].",
         )
+    pairs.require(1, len(pairs), call="record")
     names = {site: site_hooks(model, site) for site in sites}
     prompts = [item.prompt for item in (*pairs.memorized, *pairs.generalized)]
     embedding_hooks = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]

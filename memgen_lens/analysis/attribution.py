@@ -6,8 +6,8 @@ Does not know models or prompts, only recorded activations.
 import numpy as np
 from jaxtyping import Float
 
-from memgen_lens.core.errors import PairsError, SettingsError
-from memgen_lens.core.pairs import PairSplit
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
 
@@ -57,13 +57,7 @@ def attribute(
         )
     recorded = acts.site(site)
     index = acts.pairs.of(split) if split is not None else np.arange(len(acts.pairs))
-    if len(index) < 8:
-        raise PairsError(
-            "attribute",
-            expected="at least 8 pairs",
-            received=str(len(index)),
-            fix="Give more pairs.",
-        )
+    acts.pairs.require(MINIMUM_PAIRS, len(index), call="attribute")
     shape = recorded.memorized.shape[1:]
     mem = recorded.memorized[index].reshape(len(index), -1)
     gen = recorded.generalized[index].reshape(len(index), -1)

@@ -130,11 +130,6 @@ def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     if not rows:
         raise SettingsError("choose_setting", expected="at least one row", received="none", fix="Sweep first.")
 
-    def gain(row: SweepRow) -> float:
-        towards_computing = row.to_generalization - row.to_generalization_other
-        towards_recall = row.memorized_form - row.to_memorization_other
-        return towards_computing + towards_recall
-
-    best = max(map(gain, rows))
-    equals = [row for row in rows if gain(row) >= best - 2 / row.n - 1e-9]
-    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -gain(row)))
+    best = max(row.gain for row in rows)
+    equals = [row for row in rows if row.gain >= best - 2 / row.n - 1e-9]
+    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -row.gain))

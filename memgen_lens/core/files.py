@@ -91,8 +91,12 @@ def read_jsonl(path: Path) -> list[Any]:
     Raises:
         RunDirectoryError: The file is missing, or a line is damaged.
     """
+    # Not splitlines(): a prompt may hold one of the other characters that it takes for a line break.
+    *lines, rest = read_text(path).split("\n")
+    if rest:
+        raise damaged(path, "a last line that was cut")
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -123,15 +123,23 @@ class PromptPairs:
             PairsError: The split holds fewer than 8 pairs.
         """
         index = np.flatnonzero(self.split == split)
-        if len(index) < MINIMUM_PAIRS:
+        self.require(MINIMUM_PAIRS, len(index), call=f"pairs of split {split!r}")
+        return index
+
+    def require(self, at_least: int, n: int, *, call: str) -> None:
+        """Refuse too few pairs, saying how many prompts flipped and what to change.
+
+        Raises:
+            PairsError: ``n`` is below ``at_least``.
+        """
+        if n < at_least:
             raise PairsError(
-                f"pairs of split {split!r}",
-                expected=f"at least {MINIMUM_PAIRS} pairs",
-                received=f"{len(index)} ({self.n_flipped} of {self.n_items} items flip, {len(self)} pairs in all)",
+                call,
+                expected=f"at least {at_least} pair{'s' if at_least > 1 else ''}",
+                received=f"{n} ({self.n_flipped} of {self.n_items} items flip, {len(self)} pairs in all)",
                 fix="Train longer or with more memorized items so that more prompts flip when rephrased, "
                 "give more pairs, or give this split a larger share of the items.",
             )
-        return index
 
     def take(self, index: Int[np.ndarray, " index"]) -> "PromptPairs":
         """The pairs at ``index``, in that order."""

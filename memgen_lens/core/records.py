@@ -13,10 +13,7 @@ from jaxtyping import Float, Int
 
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.files import read_arrays, write_arrays
-from memgen_lens.core.items import Item as Item
-from memgen_lens.core.items import Outcome as Outcome
-from memgen_lens.core.pairs import MINIMUM_PAIRS as MINIMUM_PAIRS
-from memgen_lens.core.pairs import PromptPairs as PromptPairs
+from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
 
@@ -290,3 +287,10 @@ class SweepRow:
     to_memorization: float
     memorized_form: float
     to_memorization_other: float
+
+    @property
+    def gain(self) -> float:
+        """Shift rate minus the rate of other outputs, summed over both directions, in [-2, 2]; what is maximized."""
+        towards_computing = self.to_generalization - self.to_generalization_other
+        towards_recall = self.memorized_form - self.to_memorization_other
+        return towards_computing + towards_recall

@@ -7,6 +7,7 @@ memgen_lens can do nothing about them.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def save_model(model: HookedTransformer, directory: str | Path) -> Path:
     write_json(directory / "config.json", cfg)
     save_tensors(model.state_dict(), directory / "model.safetensors")
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(str(directory))
+        tokenizer = deepcopy(model.tokenizer)
+        if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:
+            tokenizer.bos_token = None  # TransformerLens has set it; saved, it would be prepended on loading
+        tokenizer.save_pretrained(str(directory))
     return directory
 
 
@@ -110,9 +114,7 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransform
     if not (directory / "tokenizer.json").is_file():
         raise missing(directory / "tokenizer.json")
     try:
-        cfg = HookedTransformerConfig.from_dict(
-            config | {"device": device, "init_weights": False}
-        )
+        cfg = HookedTransformerConfig.from_dict(config | {"device": device, "init_weights": False})
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
         model = _hooked_transformer(cfg, tokenizer)
         model.load_state_dict(weights)
@@ -176,7 +178,8 @@ def require_device(device: str, *, call: str) -> None:
 
 def _hooked_transformer(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedTransformer:
     with quiet_transformer_lens():
-        model = HookedTransformer(cfg, tokenizer=tokenizer, default_padding_side="right")
+        # A copy, as TransformerLens gives the tokenizer a begin-of-text token and later refuses one that has it.
+        model = HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side="right")
     assert isinstance(model, LensModel)
     return model
 

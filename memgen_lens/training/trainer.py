@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,8 @@ def _loop(
             if step % config.eval_every == 0 or step == config.max_steps:
                 loss = float(torch.stack([x.double() for x in losses]).sum()) / loss_steps
                 _require_finite(loss, step, config)
-                row = _measure(model, task, Evaluation(step, tokens, loss, 0, 0, 0, time.perf_counter() - started))
-                row = replace(row, seconds=round(time.perf_counter() - started, 3))
+                rates = _measure(model, task)
+                row = Evaluation(step, tokens, loss, *rates, seconds=round(time.perf_counter() - started, 3))
                 history.append(row)
                 losses, loss_steps = [], 0
                 if directory is not None:
@@ -232,22 +232,21 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * warmup * (1 - step / config.max_steps)
 
 
-def _measure(model: HookedTransformer, task: Any, row: Evaluation) -> Evaluation:
-    """Both behaviours, on the validation prompts, the memorized ones, and their rephrasings."""
+def _measure(model: HookedTransformer, task: Any) -> tuple[float, float, float]:
+    """Rule's answers on validation prompts, recall of memorized ones, rule's answers on their rephrasings."""
 
     def rate(split: Any, behavior: Behavior) -> float:
         outcomes = observe(model, task, split=split)
         return sum(outcome.behavior is behavior for outcome in outcomes) / len(outcomes)
 
     model.eval()
-    row = replace(
-        row,
-        generalization=rate("validation", Behavior.GENERALIZATION),
-        memorization=rate("memorized", Behavior.MEMORIZATION),
-        rephrased_generalization=rate("rephrased", Behavior.GENERALIZATION),
+    rates = (
+        rate("validation", Behavior.GENERALIZATION),
+        rate("memorized", Behavior.MEMORIZATION),
+        rate("rephrased", Behavior.GENERALIZATION),
     )
     model.train()
-    return row
+    return rates
 
 
 def _stop_reason(row: Evaluation, config: TrainConfig) -> str | None:

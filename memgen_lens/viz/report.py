@@ -20,7 +20,6 @@ from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
-from memgen_lens.viz.steering_figures import gain
 from memgen_lens.viz.theme import BEHAVIOR_COLORS
 
 EXAMPLES = 3
@@ -229,7 +228,7 @@ def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
 
 def _best_rows(run: RunContents) -> list[tuple[SweepRow, bool]]:
     """The rows that were chosen, each marked so, then the row of largest gain of each site, mode and positions."""
-    whole = sorted((row for row in run.sweep if row.layers is None), key=gain, reverse=True)
+    whole = sorted((row for row in run.sweep if row.layers is None), key=lambda row: row.gain, reverse=True)
     chosen = {table.setting for table in (run.shift, run.patch) if table is not None}
     best: dict[tuple[str, str, str], SweepRow] = {}
     for row in whole:

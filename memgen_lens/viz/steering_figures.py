@@ -134,7 +134,7 @@ def steering_sweep(
     Args:
         rows: The sweep, of any sites and positions.
         chosen: The setting that was chosen; framed where it is in the grid.
-        site: Whose rows to draw. Default: that of ``chosen``, else of the row with the largest `gain`.
+        site: Whose rows to draw. Default: that of ``chosen``, else of the row with the largest `SweepRow.gain`.
         positions: Likewise.
 
     Raises:
@@ -143,7 +143,7 @@ def steering_sweep(
     """
     whole = [row for row in rows if row.layers is None]
     at_least_one(whole, "steering_sweep(rows)", "row for all layers")
-    best = max(whole, key=gain).setting
+    best = max(whole, key=lambda row: row.gain).setting
     wanted = (site or (chosen or best).site, positions or (chosen or best).positions)
     grid = [row for row in whole if (row.setting.site, row.setting.positions) == wanted]
     if not grid:
@@ -199,15 +199,6 @@ def steering_sweep(
     figure.update_xaxes(title_text="alpha (multiples of abs(NMD))", row=3, col=1)
     title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” (n = {grid[0].n})"
     return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
-
-
-def gain(row: SweepRow) -> float:
-    """What settings are chosen by: shift rate minus rate of ``other``, summed over both ways, in [-2, 2].
-
-    Towards memorization, an output in memorized form counts as shifted.
-    """
-    towards_generalization = row.to_generalization - row.to_generalization_other
-    return towards_generalization + row.memorized_form - row.to_memorization_other
 
 
 def _place(setting: SteeringSetting) -> tuple[str, str]:

@@ -14,17 +14,22 @@ from memgen_lens.core.errors import ModelError, SiteError
 ALL_SITES = [*LAYER_SITES, *MODEL_SITES]
 
 
-def cached(model, prompt, site):
-    """``[layer, neuron]`` at the last position, by TransformerLens' own ways alone."""
-    _, cache = model.run_with_cache(prompt)
+def cached(model, prompt):
+    """TransformerLens' own cache of one prompt alone."""
+    return model.run_with_cache(prompt)[1]
+
+
+def at_the_last_position(cache, site):
+    """``[layer, neuron]`` of a cache at the last position, heads flattened."""
+    layers = range(cache.model.cfg.n_layers)
     if site == "ln_final":
         rows = [cache["ln_final.hook_normalized"]]
     elif site in MODEL_SITES:
         rows = [cache[site]]
     elif site.startswith("ln"):
-        rows = [cache["normalized", layer, site] for layer in range(model.cfg.n_layers)]
+        rows = [cache["normalized", layer, site] for layer in layers]
     else:
-        rows = [cache[site, layer] for layer in range(model.cfg.n_layers)]
+        rows = [cache[site, layer] for layer in layers]
     return np.stack([row[0, -1].flatten().numpy() for row in rows])
 
 
@@ -41,29 +46,39 @@ def model():
 @pytest.fixture(scope="module")
 def mixed():
     """Pairs whose prompts have 4 to 7 tokens."""
-    pairs = planted.prompt_pairs(20)
+    pairs = planted.prompt_pairs(10)
     assert len({len(item.prompt) for item in (*pairs.memorized, *pairs.generalized)}) == 4
     return pairs
 
 
-def refused_in_the_middle(model, tokens, hook):
-    raise RuntimeError("a user's own hook failed")
+@pytest.fixture(scope="module")
+def some(learned):
+    """A few pairs of the trained model, and the cache of each of their prompts."""
+    pairs = learned.pairs.take(np.arange(0, len(learned.pairs), 8))
+    return pairs, [cached(learned.model, item.prompt) for item in (*pairs.memorized, *pairs.generalized)]
 
 
 @pytest.mark.parametrize("site", ALL_SITES)
-def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, site):
-    pairs = learned.pairs.take(np.arange(0, len(learned.pairs), 8))
+def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, some, site):
+    pairs, caches = some
     recorded = mg.record(learned.model, pairs, [site]).site(site)
-    for items, values in ((pairs.memorized, recorded.memorized), (pairs.generalized, recorded.generalized)):
-        expected = np.stack([cached(learned.model, item.prompt, site) for item in items])
-        assert values.dtype == np.float32
-        np.testing.assert_allclose(values, expected, atol=1e-5)
+    expected = np.stack([at_the_last_position(cache, site) for cache in caches])
+    assert recorded.memorized.dtype == recorded.generalized.dtype == np.float32
+    np.testing.assert_allclose(both_sides(recorded), expected, atol=1e-5)
+
+
+def test_the_logits_are_a_site_too(learned, some):
+    pairs, _ = some
+    recorded = mg.record(learned.model, pairs, ["unembed.hook_out"]).site("unembed.hook_out")
+    expected = [learned.model(item.prompt)[0, -1].detach().numpy() for item in (*pairs.memorized, *pairs.generalized)]
+    np.testing.assert_allclose(both_sides(recorded)[:, 0], np.stack(expected), atol=1e-4)
 
 
 def test_prompts_of_several_lengths_in_one_call_give_what_each_gives_alone(model, mixed):
     acts = mg.record(model, mixed, ["post", "z", "resid_pre"])
+    caches = [cached(model, item.prompt) for item in (*mixed.memorized, *mixed.generalized)]
     for site in acts.sites:
-        expected = [cached(model, item.prompt, site) for item in (*mixed.memorized, *mixed.generalized)]
+        expected = [at_the_last_position(cache, site) for cache in caches]
         np.testing.assert_allclose(both_sides(acts.site(site)), np.stack(expected), atol=1e-6)
 
 
@@ -80,7 +95,8 @@ def test_any_batch_size_gives_the_same(learned, batch_size):
 def test_a_model_with_a_begin_token_or_left_padding_gives_what_each_prompt_gives_alone(mixed, settings):
     model = planted.build_model(**settings)
     acts = mg.record(model, mixed, ["post"])
-    expected = [cached(model, item.prompt, "post") for item in (*mixed.memorized, *mixed.generalized)]
+    prompts = [item.prompt for item in (*mixed.memorized, *mixed.generalized)]
+    expected = [at_the_last_position(cached(model, prompt), "post") for prompt in prompts]
     np.testing.assert_allclose(both_sides(acts.site("post")), np.stack(expected), atol=1e-6)
     assert model.tokenizer.padding_side == settings.get("default_padding_side", "right")
 
@@ -119,7 +135,7 @@ def test_the_embedding_at_the_answer_position_comes_along(learned):
 
 def test_the_tokens_come_along_padded_with_minus_one(model, mixed):
     tokens = mg.record(model, mixed, ["post"]).tokens
-    assert tokens.shape == (40, 7)
+    assert tokens.shape == (20, 7)
     for row, item in zip(tokens, (*mixed.memorized, *mixed.generalized), strict=True):
         expected = model.to_tokens(item.prompt)[0].tolist()
         assert row.tolist() == expected + [-1] * (7 - len(expected))
@@ -130,9 +146,8 @@ def test_the_tokens_come_along_padded_with_minus_one(model, mixed):
     [
         (["blocks.0.hook_resid_post"], "blocks.0"),
         (["blocks.0.mlp.hook_post", "embed"], "blocks.0"),
-        (["embed"], None),
+        (["embed"], "embed"),
         (["resid_pre"], "blocks.1"),
-        (["unembed.hook_out"], "unembed"),
     ],
 )
 def test_the_forward_pass_stops_after_the_last_layer_asked_for(model, mixed, sites, last):
@@ -141,25 +156,26 @@ def test_the_forward_pass_stops_after_the_last_layer_asked_for(model, mixed, sit
     def count(activation, hook):
         calls["embed" if hook.name == "hook_embed" else hook.name.rsplit(".hook", 1)[0]] += 1
 
-    parts = {"blocks.0": "blocks.0.hook_resid_post", "blocks.1": "blocks.1.hook_resid_post"}
-    parts |= {"unembed": "unembed.hook_out", "embed": "hook_embed"}
+    parts = {
+        "embed": "hook_embed",
+        "blocks.0": "blocks.0.hook_resid_post",
+        "blocks.1": "blocks.1.hook_resid_post",
+        "unembed": "unembed.hook_in",
+    }
     for name in parts.values():
         model.add_hook(name, count)
     mg.record(model, mixed, sites)
-    order = ["embed", "blocks.0", "blocks.1", "unembed"]
-    reached = order[: order.index(last or "embed") + 1]
+    reached = list(parts)[: list(parts).index(last) + 1]
     # One call for each of the four lengths, in each part reached; none in the others.
     assert calls == {part: 4 for part in reached}
 
 
-def test_no_gradient_is_kept_and_no_weight_changed(learned):
-    assert all(parameter.grad is None for parameter in learned.model.parameters())
-
-
-def test_recording_leaves_no_hook_and_the_same_logits(model, mixed):
-    before = model("abM=")
-    mg.record(model, mixed, ["post", "resid_post", "hook_embed"])
-    assert planted.hooks_on(model) == {}
+def test_recording_leaves_no_hook_and_the_same_model(model, mixed):
+    before, weights = model("abM="), {name: value.clone() for name, value in model.state_dict().items()}
+    mg.record(model.train(), mixed, ["post", "resid_post", "hook_embed"])
+    assert planted.hooks_on(model) == {} and model.context_level == 0
+    assert model.training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert torch.equal(model("abM="), before)
 
 

@@ -1,0 +1,136 @@
+"""Collected pairs, each asked again by hand; and a model that never flips."""
+
+from dataclasses import replace
+
+import numpy as np
+import planted
+import pytest
+
+import memgen_lens as mg
+from memgen_lens.core.errors import PairsError
+from memgen_lens.core.items import Item
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.training.models import build_model
+
+SPLITS = ("select", "tune", "test")
+
+
+class Markers:
+    """A task for the planted model: four rephrasings an item, of which those without the marker M flip."""
+
+    max_answer_tokens = 2
+
+    def __init__(self, n=30):
+        self.prompts = planted.prompts("M", n, seed=0)
+
+    def items(self, split):
+        # Every third item is one that the model was never taught to recall: it says m, not this item's own answer.
+        return tuple(
+            Item(key, split, prompt, planted.RULE, "a" if key % 3 == 0 else planted.MEMORY)
+            for key, prompt in enumerate(self.prompts)
+        )
+
+    def rephrase(self, item):
+        swapped = [item.prompt.replace("M", "G"), item.prompt, "a" + item.prompt, "b" + item.prompt.replace("M", "G")]
+        return tuple(replace(item, split="rephrased", prompt=prompt) for prompt in swapped)
+
+    def classify(self, item, output):
+        return item.classify(output)
+
+    def is_memorized_form(self, output):
+        return output == planted.MEMORY
+
+
+@pytest.fixture(scope="module")
+def untrained(trained):
+    """The same task before any training, and what `collect_pairs` finds there: nothing."""
+    tokenizer = type(trained.task)().tokenizer
+    model = build_model(trained.config.model, tokenizer, n_ctx=24, seed=1).eval()
+    return model, mg.collect_pairs(model, trained.task, seed=0)
+
+
+def test_every_pair_flips_when_asked_again_one_prompt_at_a_time(learned):
+    steps = learned.task.max_answer_tokens
+    for memorized, generalized in zip(learned.pairs.memorized, learned.pairs.generalized, strict=True):
+        assert planted.greedy_by_hand(learned.model, memorized.prompt, steps) == memorized.memorized_answer
+        assert planted.greedy_by_hand(learned.model, generalized.prompt, steps) == generalized.rule_answer
+        a, b = memorized.prompt.removesuffix("=").split("+")
+        assert generalized.prompt == f"{b}+{a}="
+        assert generalized.rule_answer == memorized.rule_answer == f"{int(a) + int(b):03}"
+        assert generalized.key == memorized.key
+
+
+def test_no_flipping_item_is_missed(learned):
+    steps, kept = learned.task.max_answer_tokens, {item.prompt for item in learned.pairs.memorized}
+    items = learned.task.items("memorized")
+    assert learned.pairs.n_items == len(items) == 80
+    for item in items:
+        if item.prompt not in kept:
+            (swapped,) = learned.task.rephrase(item)
+            recalls = planted.greedy_by_hand(learned.model, item.prompt, steps) == item.memorized_answer
+            computes = planted.greedy_by_hand(learned.model, swapped.prompt, steps) == item.rule_answer
+            assert not (recalls and computes)
+    assert learned.pairs.n_flipped == len(kept) == len(learned.pairs)
+
+
+def test_an_item_gives_a_pair_for_each_rephrasing_that_flips_and_all_share_its_split():
+    pairs = mg.collect_pairs(planted.build_model(), Markers(), seed=0)
+    assert (pairs.n_items, pairs.n_flipped, len(pairs)) == (30, 20, 40)
+    assert len({(m.prompt, g.prompt) for m, g in zip(pairs.memorized, pairs.generalized, strict=True)}) == 40
+    for key in np.unique(pairs.item):
+        assert key % 3 and len(set(pairs.split[pairs.item == key])) == 1
+    counts = {split: len(set(pairs.item[pairs.split == split])) for split in SPLITS}
+    assert counts == {"select": 8, "tune": 4, "test": 8}
+
+
+def test_no_item_is_in_two_splits_and_their_shares_are_as_asked(learned):
+    pairs = mg.collect_pairs(learned.model, learned.task, seed=5, shares=(0.2, 0.5))
+    by_split = {split: set(pairs.item[pairs.split == split]) for split in SPLITS}
+    assert sum(map(len, by_split.values())) == len(set(pairs.item)) == len(pairs)
+    n = len(pairs)
+    assert [len(by_split[split]) for split in SPLITS] == [round(0.2 * n), round(0.5 * n), n - round(0.2 * n) - round(0.5 * n)]
+
+
+def test_the_seed_deals_the_splits_and_nothing_else(learned):
+    again, other = (mg.collect_pairs(learned.model, learned.task, seed=seed) for seed in (0, 1))
+    assert again.memorized == other.memorized == learned.pairs.memorized
+    assert again.generalized == other.generalized == learned.pairs.generalized
+    np.testing.assert_array_equal(again.split, learned.pairs.split)
+    assert (other.split != learned.pairs.split).any()
+
+
+def test_small_batches_find_the_same_pairs(learned):
+    small = mg.collect_pairs(learned.model, learned.task, seed=0, batch_size=9)
+    assert small.rows() == learned.pairs.rows()
+
+
+def test_a_model_that_memorizes_nothing_gives_no_pairs(untrained):
+    _, pairs = untrained
+    assert (len(pairs), pairs.n_items, pairs.n_flipped) == (0, 80, 0)
+    assert pairs.rows() == [] and pairs.item.shape == (0,)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_using_no_pairs_says_that_nothing_flips_and_what_to_change(untrained, split):
+    with pytest.raises(PairsError, match=r"received 0 \(0 of 80 items flip, 0 pairs in all\)\. Train longer"):
+        untrained[1].of(split)
+
+
+def test_recording_no_pairs_says_so_too(untrained):
+    model, pairs = untrained
+    with pytest.raises(PairsError, match="0 of 80 items flip"):
+        mg.record(model, pairs, ["post"])
+
+
+def test_steering_on_no_pairs_says_so_too(untrained, learned):
+    model, pairs = untrained
+    steer = mg.Steering.from_scores(mg.attribute(learned.acts, "post"))
+    with pytest.raises(PairsError, match="0 of 80 items flip"):
+        mg.evaluate_steering(model, learned.task, pairs, steer)
+    with pytest.raises(PairsError, match="0 of 80 items flip"):
+        mg.sweep_steering(model, learned.task, pairs, steer.scores, top_fractions=[0.1])
+
+
+def test_pairs_need_no_task():
+    pairs = PromptPairs.from_strings(memorized=["abM="], generalized=["abG="])
+    assert pairs.memorized[0].rule_answer is None and len(pairs) == 1
