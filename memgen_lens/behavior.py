@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
 
 from memgen_lens.core.errors import ModelError
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel, Split
+
+with quiet_imports():
+    from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
 
 
 def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048) -> list[Outcome]:

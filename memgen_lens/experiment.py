@@ -4,7 +4,6 @@ Does not know any formula or figure: the stages do.
 """
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -27,40 +26,19 @@ from memgen_lens.analysis import (
 )
 from memgen_lens.analysis.activations import site_hooks
 from memgen_lens.behavior import observe
-from memgen_lens.core.errors import MemgenError, PairsError, RunDirectoryError
-from memgen_lens.core.files import cannot_write, read_json, write_json, write_jsonl
+from memgen_lens.core.errors import PairsError
+from memgen_lens.core.files import read_json, write_json, write_jsonl
 from memgen_lens.core.items import Outcome
+from memgen_lens.core.metrics import SCHEMA, attribution_metrics, behavior_metrics, probe_metrics, steering_metrics
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
-from memgen_lens.core.stats import wilson
-from memgen_lens.core.types import Behavior
+from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
+from memgen_lens.core.run_directory import prepare, processor
 from memgen_lens.presets import ExperimentConfig
 from memgen_lens.training import TrainingRun, build_model, train
 from memgen_lens.training.models import require_device
 from memgen_lens.viz.report import write_report
 
-SCHEMA = 1
-PACKAGES = (
-    "memgen-lens",
-    "transformer-lens",
-    "torch",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "transformers",
-    "plotly",
-)
-OWN_FILES = (
-    "config.json",
-    "outcomes.jsonl",
-    "pairs.jsonl",
-    "probes.json",
-    "steering.json",
-    "metrics.json",
-    "report.html",
-    "history.jsonl",
-)
-OWN_FOLDERS = ("checkpoints", "model", "scores", "activations")
+PACKAGES = ("memgen-lens", "transformer-lens", "torch", "numpy", "scipy", "scikit-learn", "transformers", "plotly")
 
 
 @dataclass(frozen=True)
@@ -141,7 +119,7 @@ def run_experiment(
     directory = Path(out)
     config = config.seeded()
     _require_possible(config)
-    _prepare(directory, config, resume=resume, force=force)
+    prepare(directory, resume=resume, force=force)
 
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
     training = train(config.task, config.train, out=directory, resume=resume, force=force, progress=progress)
@@ -179,14 +157,14 @@ def run_experiment(
         "schema": SCHEMA,
         "preset": config.preset,
         "seed": config.seed,
-        "behavior": _behavior_metrics(outcomes, pairs),
+        "behavior": behavior_metrics(outcomes, pairs),
         "pairs": {
             "n": len(pairs),
             **{split: int((pairs.split == split).sum()) for split in ("select", "tune", "test")},
         },
-        "attribution": {site: _attribution_metrics(score) for site, score in scores.items()} or {"why": why},
-        "probe": _probe_metrics(probes) if probes else {"why": why},
-        "steering": _steering_metrics(tables) if tables else {"why": why},
+        "attribution": {site: attribution_metrics(score) for site, score in scores.items()} or {"why": why},
+        "probe": probe_metrics(probes) if probes else {"why": why},
+        "steering": steering_metrics(tables) if tables else {"why": why},
         "timing_s": {
             "train": round(trained - started, 3),
             "analysis": round(finished - trained, 3),
@@ -273,121 +251,12 @@ def _steer(
     return tables
 
 
-def _behavior_metrics(outcomes: list[Outcome], pairs: PromptPairs) -> dict[str, Any]:
-    def share(split: str, behavior: Behavior) -> float:
-        return wilson([o.behavior is behavior for o in outcomes if o.item.split == split]).rate
-
-    return {
-        "heldout_generalization": share("heldout", Behavior.GENERALIZATION),
-        "trained_memorization": share("memorized", Behavior.MEMORIZATION),
-        "rephrased": {str(behavior): share("rephrased", behavior) for behavior in Behavior},
-        "flip_rate": pairs.n_flipped / pairs.n_items,
-    }
-
-
-def _attribution_metrics(score: NeuronScores) -> dict[str, Any]:
-    return {
-        "max_abs_rho_by_layer": abs(score.rho).max(1),
-        "n_fdr05": int((score.q <= 0.05).sum()),
-        "n_neurons": int(score.q.size),
-    }
-
-
-def _probe_metrics(probes: ProbeReport) -> dict[str, Any]:
-    return {
-        "site": probes.site,
-        "auroc_by_layer": [layer.auroc for layer in probes.by_layer],
-        "best_layer": probes.best_layer,
-        "best_auroc": probes.best.auroc,
-        "best_auroc_ci95": probes.best.auroc_ci95,
-        "input_only_auroc": probes.input_only.auroc,
-        "shuffled_auroc": probes.shuffled["auroc"],
-    }
-
-
-def _steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
-    """The shift's figures under the names of ``design.md``; the patch's beside them under ``"patch"``."""
-
-    def one(table: SteeringTable) -> dict[str, Any]:
-        setting, effects = table.setting, table.side_effects
-        to_memorization = table.to_memorization
-        return {
-            "chosen": {
-                "site": setting.site,
-                "top_fraction": setting.top_fraction,
-                "alpha": setting.alpha,
-                "positions": setting.positions,
-            },
-            "to_generalization": {
-                "n": table.to_generalization.n,
-                "shift_rate": table.to_generalization.shift["rate"],
-                **_rates(table.to_generalization),
-            },
-            "to_memorization": {
-                "n": to_memorization.n,
-                "exact_recall_rate": to_memorization.shift["rate"],
-                "memorized_form_rate": to_memorization.memorized_form["rate"],
-                "memorized_form_ci95": to_memorization.memorized_form["ci95"],
-                **_rates(to_memorization),
-            },
-            "side_effects": {
-                "heldout_generalization_steered": effects.heldout_generalization_steered,
-                "kl_nats": effects.kl_nats,
-                **({"why": effects.why} if effects.why else {}),
-            },
-        }
-
-    return {**one(tables["shift"]), "patch": one(tables["patch"])}
-
-
-def _rates(rates: SteeringRates) -> dict[str, Any]:
-    return {"ci95": rates.shift["ci95"], "other_rate": rates.other["rate"], "controls": rates.controls}
-
-
 def _require_possible(config: ExperimentConfig) -> None:
     """Refuse, before an hour of training, a device that is not there or a site that the model will not have."""
     require_device(config.train.device, call="run_experiment")
     untrained = build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
     for site in (*config.analysis.sites, config.analysis.probe_site):
         site_hooks(untrained, site)
-
-
-def _prepare(directory: Path, config: ExperimentConfig, *, resume: bool, force: bool) -> None:
-    """Refuse a directory that holds a run (unless told to go on or to begin anew) or cannot be written."""
-    if resume and force:
-        raise MemgenError(
-            "run_experiment",
-            expected="resume or force",
-            received="both",
-            fix="resume goes on, force begins anew.",
-        )
-    if directory.exists() and not directory.is_dir():
-        raise RunDirectoryError(
-            f"run_experiment(out={str(directory)!r})",
-            expected="a directory, or a name that is free",
-            received="a file",
-            fix="Choose another directory with --out (memgen-lens) or out=.",
-        )
-    held = [name for name in (*OWN_FILES, *OWN_FOLDERS) if (directory / name).exists()]
-    if held and not (resume or force):
-        raise RunDirectoryError(
-            f"run_experiment(out={str(directory)!r})",
-            expected="a directory without a run",
-            received=f"one that holds {', '.join(held[:3])}",
-            fix="Choose another with --out, or go on with --resume, or begin anew with --force "
-            "(in Python: out=, resume=True, force=True).",
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
-        if force:
-            for name in held:
-                path = directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise cannot_write(directory, error) from None
 
 
 def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun) -> None:
@@ -402,19 +271,10 @@ def _write_config(directory: Path, config: ExperimentConfig, training: TrainingR
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
-                "processor": _processor(),
+                "processor": processor(),
                 "threads": torch.get_num_threads(),
                 "device": config.train.device,
             },
             "argv": sys.argv[1:] if Path(sys.argv[0]).name.startswith("memgen") else None,
         },
     )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"

@@ -4,6 +4,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 import memgen_lens as mg
 from memgen_lens.training.trainer import TrainingRun
 
@@ -47,6 +49,17 @@ def tiny_training(**settings) -> mg.TrainConfig:
         }
         | settings
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: on tiny tensors two wait for each other, on a busy machine for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ position; one neuron of the last MLP fires on it and turns the answer from ``r``
 memorized one). All other neurons see the fillers only, which are drawn without a look at the marker.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.tasks.tokenizer import build_tokenizer
-from memgen_lens.training.models import quiet_transformer_lens
 
 N_LAYERS, D_MLP = 2, 64
 LAYER, NEURON = 1, 7
@@ -44,7 +45,8 @@ def build_model(*, default_prepend_bos: bool = False, default_padding_side: str 
         device="cpu",
         seed=0,
     )
-    with quiet_transformer_lens():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TransformerLens' own, about its future
         model = HookedTransformer(config, tokenizer=tokenizer, default_padding_side=default_padding_side)
     _plant(model)
     return model.eval().requires_grad_(False)
@@ -106,7 +108,7 @@ def prompt_pairs(n: int = 60, *, answers: bool = True, seed: int = 0, lengths: t
 
 
 def hooks_on(model: HookedTransformer) -> dict[str, int]:
-    """How many forward hooks each hook point of a model has, TransformerLens' and torch's own; those without left out."""
+    """How many hooks there are on each hook point of a model that has any, TransformerLens' and torch's own."""
     counts = {
         name: max(len(point.fwd_hooks), len(point._forward_hooks)) + len(point.bwd_hooks)
         for name, point in model.hook_dict.items()
@@ -114,6 +116,7 @@ def hooks_on(model: HookedTransformer) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+@torch.inference_mode()
 def greedy_by_hand(model: HookedTransformer, prompt: str, max_new_tokens: int) -> str:
     """A greedy completion, one prompt alone and without a cache: what every batched or cached one must equal."""
     tokens = model.to_tokens(prompt)

@@ -176,7 +176,12 @@ def _rates(
             table[name] = {"mean": None, "ci95": None, "why": "patched values have no sign to draw"}
             continue
         shares = [np.mean([b is aim for b in behaviors[row]]) for row in rows]
-        table[name] = mean_of_draws(shares) | {"memorized_form": mean_of_draws([np.mean(forms[row]) for row in rows])}
+        table[name] = {
+            **mean_of_draws(shares),
+            "memorized_form": mean_of_draws([np.mean(forms[row]) for row in rows]),
+            # Where most of a layer is selected, most of any random draw is selected too: a control then says little.
+            "overlap": float(np.mean([draw.selected[steer.selected].mean() for draw in draws])),
+        }
     before = "memorized_answer" if toward == "generalization" else "rule_answer"
     return SteeringRates(
         toward=toward,

@@ -30,9 +30,7 @@ class _Checked(type(BaseModel)):
 class Settings(BaseModel, metaclass=_Checked):
     """A frozen set of named settings; an unknown name, a wrong type or a bad value raises `SettingsError`."""
 
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
-    )
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
 
     @classmethod
     def from_json(cls: type[S], text: str) -> S:

@@ -216,7 +216,8 @@ class SteeringRates:
         memorized_form: Share whose output has the form of a memorized answer, its own or not.
         stayed: Share that still give the answer they gave unsteered.
         other: Share that give neither answer.
-        controls: By control, ``{"mean", "ci95", "n_draws", "memorized_form": {...}}`` over draws, or
+        controls: By control, ``{"mean", "ci95", "n_draws", "memorized_form": {...}, "overlap"}`` over draws, where
+            ``overlap`` is the share of the selected neurons that the control changes too; or
             ``{"mean": None, "why": ...}``.
         examples: A few prompts with their outputs before and after.
     """

@@ -4,9 +4,6 @@ Does not know how they are trained. TransformerLens' deprecation warnings and lo
 memgen_lens can do nothing about them.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,10 @@ from safetensors.torch import load_file, save_file
 from memgen_lens.core.config import ModelConfig
 from memgen_lens.core.errors import ModelError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, write_json
+from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel
 
-
-@contextmanager
-def quiet_transformer_lens() -> Iterator[None]:
-    """Keep TransformerLens' warnings about its own future from the user."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*HookedTransformer.*", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", module=r"transformer_lens(\..*)?")
-        yield
-
-
-with quiet_transformer_lens():
+with quiet_imports():
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 
@@ -177,7 +165,7 @@ def require_device(device: str, *, call: str) -> None:
 
 
 def _hooked_transformer(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedTransformer:
-    with quiet_transformer_lens():
+    with quiet_imports():
         # A copy, as TransformerLens gives the tokenizer a begin-of-text token and later refuses one that has it.
         model = HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side="right")
     assert isinstance(model, LensModel)

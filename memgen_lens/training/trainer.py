@@ -4,7 +4,6 @@ Does not know which task it is, nor what the model is trained for afterwards.
 """
 
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -19,14 +18,15 @@ from transformer_lens import HookedTransformer
 
 from memgen_lens.behavior import observe
 from memgen_lens.core.config import TrainConfig
-from memgen_lens.core.errors import ModelError, RunDirectoryError, SettingsError
-from memgen_lens.core.files import cannot_write, read_json, read_jsonl, to_json, write_json, write_jsonl
+from memgen_lens.core.errors import ModelError
+from memgen_lens.core.files import write_jsonl
 from memgen_lens.core.records import Evaluation
 from memgen_lens.core.types import Behavior
 from memgen_lens.training.batches import Batches
-from memgen_lens.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from memgen_lens.training.checkpoints import load_newest, save_checkpoint
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss, why_not
 from memgen_lens.training.models import build_model, require_device, save_model
+from memgen_lens.training.run_files import append_history, prepare, read_history
 
 SPARE_POSITIONS = 8
 """Positions of the context beyond the longest training sequence."""
@@ -84,7 +84,7 @@ def train(
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
-    directory = _prepare(task, config, out, resume=resume, force=force)
+    directory = prepare(task, config, out, resume=resume, force=force)
     require_device(config.device, call="train")
     model = build_model(
         config.model,
@@ -131,7 +131,7 @@ def _loop(
         "stop_reason": None,
     }
     step, tokens = state["step"], state["tokens"]
-    history = [row for row in _read_history(directory) if row.step <= step]
+    history = [row for row in read_history(directory) if row.step <= step]
     if directory is not None:
         write_jsonl(directory / "history.jsonl", history)
     if state["stop_reason"] is not None:
@@ -156,7 +156,7 @@ def _loop(
                 history.append(row)
                 losses, loss_steps = [], 0
                 if directory is not None:
-                    _append_history(directory, row)
+                    append_history(directory, row)
                 bar.set_postfix(
                     loss=f"{loss:.3f}",
                     recalls=f"{row.memorization:.3f}",
@@ -273,84 +273,6 @@ def _count_tokens(groups: list[Rows]) -> int:
     return sum(int((rows.labels != -100).sum()) + rows.start * len(rows.tokens) for rows in groups) + sum(
         len(rows.tokens) for rows in groups
     )
-
-
-def _prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool) -> Path | None:
-    """Check that ``out`` may be written to, clear it if ``force``, and write down what is trained."""
-    if out is None:
-        if resume:
-            raise SettingsError(
-                "train",
-                expected="out= with resume=True",
-                received="no directory",
-                fix="Name the run's directory.",
-            )
-        return None
-    directory = Path(out)
-    wanted = {
-        "task": {"name": task.name, **task.model_dump(mode="json")},
-        "train": config.model_dump(mode="json"),
-    }
-    settings = directory / "checkpoints" / "settings.json"
-    if (directory / "history.jsonl").exists() or list_checkpoints(directory / "checkpoints"):
-        if resume:
-            if settings.exists() and read_json(settings) != wanted:
-                raise RunDirectoryError(
-                    f"train(out={str(directory)!r}, resume=True)",
-                    expected="the settings that the run was begun with",
-                    received=f"others: {_difference(read_json(settings), wanted)}",
-                    fix="Use the same settings, or force=True (--force) to begin anew.",
-                )
-        elif not force:
-            raise RunDirectoryError(
-                f"train(out={str(directory)!r})",
-                expected="a directory without a run",
-                received="one that holds a run already",
-                fix="Choose another, or resume=True (--resume) to go on, or force=True (--force) to begin anew.",
-            )
-    if not resume:
-        _clear(directory)
-    write_json(settings, wanted)
-    return directory
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    changed = [
-        f"{part}.{name} was {old[part].get(name)!r}, now {new[part].get(name)!r}"
-        for part in new
-        for name in new[part] | old.get(part, {})
-        if old.get(part, {}).get(name) != new[part].get(name)
-    ]
-    return "; ".join(changed[:3])
-
-
-def _clear(directory: Path) -> None:
-    """Remove a former training's files, and nothing else."""
-    import shutil
-
-    try:
-        for name in ("checkpoints", "model"):
-            if (directory / name).exists():
-                shutil.rmtree(directory / name)
-        (directory / "history.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(directory, error) from None
-
-
-def _read_history(directory: Path | None) -> list[Evaluation]:
-    if directory is None or not (directory / "history.jsonl").exists():
-        return []
-    return [Evaluation(**row) for row in read_jsonl(directory / "history.jsonl")]
-
-
-def _append_history(directory: Path, row: Evaluation) -> None:
-    try:
-        with (directory / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(directory / "history.jsonl", error) from None
 
 
 @contextmanager

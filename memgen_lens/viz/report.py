@@ -222,6 +222,8 @@ def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
             )
             drawn["why"] = control.get("why")
             draws = "" if n is None else "1 draw" if n == 1 else f"{n} draws"
+            if n is not None and name != "random_sign" and control.get("overlap"):
+                draws += f", {wording.percent(control['overlap'])} of the neurons shared"
             rows.append({"toward": side.toward, "name": name, "n": draws, "form": form, **drawn})
     return rows
 

@@ -5,10 +5,22 @@ from types import SimpleNamespace
 import jaxtyping
 import planted
 import pytest
+import torch
+from threadpoolctl import threadpool_limits
 
 import memgen_lens as mg
 
 SITES = ["resid_post", "post", "z"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small run no faster on two threads, and ten times slower where other work shares the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +36,7 @@ def known():
     """The planted model with pairs that name their answers, its activations and its scores."""
     model, pairs = planted.build_model(), planted.prompt_pairs()
     acts = mg.record(model, pairs, ["post", "resid_post"])
-    return SimpleNamespace(
-        model=model, pairs=pairs, acts=acts, score=mg.attribute(acts, "post", n_permutations=10_000)
-    )
+    return SimpleNamespace(model=model, pairs=pairs, acts=acts, score=mg.attribute(acts, "post", n_permutations=10_000))
 
 
 @pytest.fixture

@@ -128,7 +128,9 @@ def test_only_the_pairs_of_the_split_are_scored(learned):
     spoiled = SiteActivations(recorded.memorized.copy(), recorded.generalized.copy())
     spoiled.memorized[others] = 1e3
     score = mg.attribute(learned.acts, "post")
-    again = mg.attribute(Activations({"post": spoiled}, learned.pairs, learned.acts.embedding, learned.acts.tokens), "post")
+    again = mg.attribute(
+        Activations({"post": spoiled}, learned.pairs, learned.acts.embedding, learned.acts.tokens), "post"
+    )
     assert score.n_pairs == again.n_pairs == len(index)
     for name in ("nmd", "rho", "p", "p_family", "q"):
         np.testing.assert_array_equal(getattr(score, name), getattr(again, name))
@@ -300,7 +302,8 @@ def test_fewer_than_a_thousand_permutations_are_refused(known):
 
 def test_a_site_that_was_not_recorded_is_refused_with_the_way_to_record_it(known):
     with pytest.raises(
-        SiteError, match=r"a recorded site \(post, resid_post\); received 'resid_pre'.*record\(model, pairs, sites=\['resid"
+        SiteError,
+        match=r"a recorded site \(post, resid_post\); received 'resid_pre'.*record\(model, pairs, sites=\['resid",
     ):
         mg.attribute(known.acts, "resid_pre")
 
@@ -317,6 +320,6 @@ def test_too_few_pairs_in_a_split_say_how_many_flips_there_were_and_what_to_chan
 
 def test_too_few_pairs_in_all_are_refused():
     mem, gen = noise(np.random.default_rng(0), n_pairs=7)
-    with pytest.raises(PairsError, match=r"attribute: expected at least 8 pairs; received 7\."):
+    with pytest.raises(PairsError, match=r"attribute: expected at least 8 pairs; received 7 \(7 of 7 items flip"):
         mg.attribute(activations(mem, gen), "post", split=None)
     assert mg.attribute(activations(*noise(np.random.default_rng(0), n_pairs=8)), "post", split=None).n_pairs == 8

@@ -88,7 +88,11 @@ def test_no_item_is_in_two_splits_and_their_shares_are_as_asked(learned):
     by_split = {split: set(pairs.item[pairs.split == split]) for split in SPLITS}
     assert sum(map(len, by_split.values())) == len(set(pairs.item)) == len(pairs)
     n = len(pairs)
-    assert [len(by_split[split]) for split in SPLITS] == [round(0.2 * n), round(0.5 * n), n - round(0.2 * n) - round(0.5 * n)]
+    assert [len(by_split[split]) for split in SPLITS] == [
+        round(0.2 * n),
+        round(0.5 * n),
+        n - round(0.2 * n) - round(0.5 * n),
+    ]
 
 
 def test_the_seed_deals_the_splits_and_nothing_else(learned):

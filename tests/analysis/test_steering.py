@@ -39,13 +39,12 @@ def hand_hooks(steer, toward, where):
 
     def hook_of(layer):
         def hook(activation, hook):
-            changed = activation.clone()
-            flat = changed.view(*changed.shape[:2], -1)
+            flat = activation.flatten(2).clone()
             for neuron in range(rho.shape[1]):
                 if layer * rho.shape[1] + neuron in top:
                     step = setting.alpha * np.sign(rho[layer, neuron]) * abs(nmd[layer, neuron])
                     flat[:, where, neuron] += SIGN[toward] * step
-            return changed
+            return flat.view_as(activation)
 
         return hook
 
@@ -154,8 +153,10 @@ def test_a_prompt_of_one_token_is_steered_alike_with_and_without_a_cache(positio
 @pytest.mark.parametrize("positions", ["answer", "prompt", "all"])
 def test_generate_with_a_cache_gives_what_uncached_steps_give(learned, scores, positions, toward):
     steer = Steering.from_scores(scores["resid_post"], top_fraction=0.3, alpha=2.0, positions=positions)
-    prompt = learned.model.to_tokens([item.prompt for item in learned.pairs.memorized[:16]])
-    arguments = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+    items = learned.pairs.memorized if toward == "generalization" else learned.pairs.generalized
+    prompt = learned.model.to_tokens([item.prompt for item in items[:16]])
+    arguments = {"max_new_tokens": 5, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    arguments["return_type"] = "tokens"
     plain = learned.model.generate(prompt, **arguments)
     with steer.applied(learned.model, toward=toward):
         cached = learned.model.generate(prompt, use_past_kv_cache=True, **arguments)
@@ -167,7 +168,7 @@ def test_generate_with_a_cache_gives_what_uncached_steps_give(learned, scores, p
             logits = learned.model(sequence, attention_mask=torch.ones_like(sequence))
             sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(cached, uncached) and torch.equal(cached, sequence)
-    assert torch.equal(cached, plain) == (toward == "memorization" and torch.equal(sequence, plain))
+    assert not torch.equal(cached, plain)
 
 
 def test_memorization_adds_the_shift_and_generalization_takes_it_away(learned, scores, answered):
@@ -202,9 +203,12 @@ def test_the_activation_that_others_hold_is_not_changed_in_place(learned, scores
     def hold(activation, hook):
         held["is"], held["was"] = activation, activation.clone()
 
-    with learned.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", hold)]):
-        with Steering.from_scores(scores["post"], top_fraction=1.0).applied(learned.model, toward="memorization"):
-            learned.model(tokens)
+    steer = Steering.from_scores(scores["post"], top_fraction=1.0)
+    with (
+        learned.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", hold)]),
+        steer.applied(learned.model, toward="memorization"),
+    ):
+        learned.model(tokens)
     assert torch.equal(held["is"], held["was"])
 
 
@@ -278,18 +282,17 @@ def test_a_patch_holds_at_the_answer_position_alone(learned, scores, answered):
 def test_a_batch_that_does_not_match_its_pairs_is_refused(learned, scores):
     steer = Steering.from_scores(scores["post"], mode="patch", source=learned.acts)
     prompt = learned.pairs.memorized[0].prompt
-    with (
-        pytest.raises(PairsError, match=r"a batch of 70 prompts, one for each source pair; received 1\..*pairs=\[\.\.\.\]"),
-        steer.applied(learned.model, toward="generalization"),
-    ):
+    message = rf"a batch of {len(learned.pairs)} prompts, one for each source pair; received 1\..*pairs=\[\.\.\.\]"
+    with pytest.raises(PairsError, match=message), steer.applied(learned.model, toward="generalization"):
         learned.model(prompt)
     assert planted.hooks_on(learned.model) == {}
 
 
-@pytest.mark.parametrize("pairs", [[70], [-1]])
+@pytest.mark.parametrize("pairs", [[10_000], [-1]])
 def test_a_source_pair_that_is_not_there_is_refused(learned, scores, pairs):
     steer = Steering.from_scores(scores["post"], mode="patch", source=learned.acts)
-    with pytest.raises(PairsError), steer.applied(learned.model, toward="generalization", pairs=pairs):
+    applied = steer.applied(learned.model, toward="generalization", pairs=pairs)
+    with pytest.raises(PairsError, match=str(pairs[0])), applied:
         learned.model(learned.pairs.memorized[0].prompt)
 
 
@@ -349,7 +352,7 @@ def test_steerings_that_ride_together_give_what_each_gives_alone(known, batch_si
     together = steered_outputs(known.model, prompts, steerings, batch_size=batch_size, **arguments)
     assert together == [steered_outputs(known.model, prompts, [s], **arguments)[0] for s in steerings]
     assert together[0] == together[3] == ["m"] * 8 and together[2] == together[5] == ["r"] * 8
-    assert len({tuple(outputs) for outputs in together}) > 3
+    assert len({tuple(outputs) for outputs in together}) >= 3
 
 
 @BOTH_WAYS
@@ -365,10 +368,10 @@ def test_riding_together_on_a_trained_model_gives_what_each_gives_alone(learned,
     uncached = steered_outputs(
         learned.model, prompts, steerings, toward=toward, max_new_tokens=5, batch_size=30, use_cache=False
     )
+    assert together == uncached
     for steer, outputs in zip(steerings, together, strict=True):
         with steer.applied(learned.model, toward=toward, prompt_length=6):
-            assert outputs == [planted.greedy_by_hand(learned.model, prompt, 5) for prompt in prompts[:4]] + outputs[4:]
-    assert together == uncached
+            assert outputs[:4] == [planted.greedy_by_hand(learned.model, prompt, 5) for prompt in prompts[:4]]
 
 
 def test_patches_from_two_sources_ride_apart(known):
@@ -469,7 +472,9 @@ def test_applied_hands_out_the_model_itself(known):
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, float("nan")])
 def test_a_fraction_outside_zero_to_one_is_refused(known, fraction):
-    with pytest.raises(SettingsError, match=r"expected top_fraction: a share in \(0, 1\]; received .*Change top_fraction"):
+    with pytest.raises(
+        SettingsError, match=r"expected top_fraction: a share in \(0, 1\]; received .*Change top_fraction"
+    ):
         Steering.from_scores(known.score, top_fraction=fraction)
 
 
@@ -492,7 +497,9 @@ def test_a_patch_without_a_source_is_refused(known):
 
 @pytest.mark.parametrize("positions", ["answer", "all"])
 def test_a_patch_beyond_the_answer_position_is_refused(known, positions):
-    with pytest.raises(SettingsError, match=rf"positions='{positions}'\. Activations are recorded at the answer position"):
+    with pytest.raises(
+        SettingsError, match=rf"positions='{positions}'\. Activations are recorded at the answer position"
+    ):
         Steering.from_scores(known.score, mode="patch", source=known.acts, positions=positions)
 
 
@@ -505,16 +512,18 @@ def test_a_source_without_the_scores_site_is_refused(learned, known):
 def test_an_unknown_direction_is_refused(known, unchecked):
     steer = Steering.from_scores(known.score)
     with (
-        pytest.raises(SettingsError, match=r"toward='generalization' or 'memorization'; received 'recall'\. Choose one"),
+        pytest.raises(
+            SettingsError, match=r"toward='generalization' or 'memorization'; received 'recall'\. Choose one"
+        ),
         steer.applied(known.model, toward="recall"),
     ):
         pass
 
 
-@pytest.mark.parametrize("setting", [{"mode": "ablate"}, {"positions": "last"}])
-def test_an_unknown_mode_or_place_is_refused(known, unchecked, setting):
-    with pytest.raises(SettingsError):
-        Steering.from_scores(known.score, **setting)
+@pytest.mark.parametrize(("name", "value"), [("mode", "ablate"), ("positions", "last")])
+def test_an_unknown_mode_or_place_is_refused(known, unchecked, name, value):
+    with pytest.raises(SettingsError, match=rf"{name}.*{value}"):
+        Steering.from_scores(known.score, **{name: value})
 
 
 def test_a_model_of_another_width_is_refused(learned, known):

@@ -1,5 +1,7 @@
 """The fast forward gives TransformerLens' logits and gradients, or says why it cannot."""
 
+import warnings
+
 import helpers
 import pytest
 import torch
@@ -9,7 +11,6 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens.training import build_model
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss, why_not
-from memgen_lens.training.models import quiet_transformer_lens
 
 D_VOCAB = 13
 
@@ -31,7 +32,8 @@ def hooked_transformer(**settings) -> HookedTransformer:
         }
         | settings
     )
-    with quiet_transformer_lens():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
         model = HookedTransformer(cfg)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

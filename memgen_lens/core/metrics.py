@@ -1,0 +1,91 @@
+"""The blocks of ``metrics.json``, made of records.
+
+Does not compute figures: it names those that the stages have computed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from memgen_lens.core.items import Outcome
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
+from memgen_lens.core.stats import wilson
+from memgen_lens.core.types import Behavior
+
+SCHEMA = 1
+"""Version of the layout of ``metrics.json``."""
+
+
+def behavior_metrics(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[str, Any]:
+    """Shares of held-out, memorized and rephrased prompts by behaviour, and of memorized items that flip."""
+
+    def share(split: str, behavior: Behavior) -> float:
+        return wilson([o.behavior is behavior for o in outcomes if o.item.split == split]).rate
+
+    return {
+        "heldout_generalization": share("heldout", Behavior.GENERALIZATION),
+        "trained_memorization": share("memorized", Behavior.MEMORIZATION),
+        "rephrased": {str(behavior): share("rephrased", behavior) for behavior in Behavior},
+        "flip_rate": pairs.n_flipped / pairs.n_items,
+    }
+
+
+def attribution_metrics(score: NeuronScores) -> dict[str, Any]:
+    """The strongest correlation of each layer, and the neurons called at a false discovery rate of 5 %."""
+    return {
+        "max_abs_rho_by_layer": abs(score.rho).max(1),
+        "n_fdr05": int((score.q <= 0.05).sum()),
+        "n_neurons": int(score.q.size),
+    }
+
+
+def probe_metrics(probes: ProbeReport) -> dict[str, Any]:
+    """Test AUROC by layer, the chosen layer's with its interval, and two baselines."""
+    return {
+        "site": probes.site,
+        "auroc_by_layer": [layer.auroc for layer in probes.by_layer],
+        "best_layer": probes.best_layer,
+        "best_auroc": probes.best.auroc,
+        "best_auroc_ci95": probes.best.auroc_ci95,
+        "input_only_auroc": probes.input_only.auroc,
+        "shuffled_auroc": probes.shuffled["auroc"],
+    }
+
+
+def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
+    """The shift's figures under the names of ``design.md``; the patch's beside them under ``"patch"``."""
+
+    def one(table: SteeringTable) -> dict[str, Any]:
+        setting, effects = table.setting, table.side_effects
+        to_memorization = table.to_memorization
+        return {
+            "chosen": {
+                "site": setting.site,
+                "top_fraction": setting.top_fraction,
+                "alpha": setting.alpha,
+                "positions": setting.positions,
+            },
+            "to_generalization": {
+                "n": table.to_generalization.n,
+                "shift_rate": table.to_generalization.shift["rate"],
+                **_rates(table.to_generalization),
+            },
+            "to_memorization": {
+                "n": to_memorization.n,
+                "exact_recall_rate": to_memorization.shift["rate"],
+                "memorized_form_rate": to_memorization.memorized_form["rate"],
+                "memorized_form_ci95": to_memorization.memorized_form["ci95"],
+                **_rates(to_memorization),
+            },
+            "side_effects": {
+                "heldout_generalization_steered": effects.heldout_generalization_steered,
+                "kl_nats": effects.kl_nats,
+                **({"why": effects.why} if effects.why else {}),
+            },
+        }
+
+    return {**one(tables["shift"]), "patch": one(tables["patch"])}
+
+
+def _rates(rates: SteeringRates) -> dict[str, Any]:
+    return {"ci95": rates.shift["ci95"], "other_rate": rates.other["rate"], "controls": rates.controls}
