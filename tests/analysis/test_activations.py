@@ -64,7 +64,7 @@ def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, 
     recorded = mg.record(learned.model, pairs, [site]).site(site)
     expected = np.stack([at_the_last_position(cache, site) for cache in caches])
     assert recorded.memorized.dtype == recorded.generalized.dtype == np.float32
-    np.testing.assert_allclose(both_sides(recorded), expected, atol=1e-5)
+    np.testing.assert_allclose(both_sides(recorded), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_logits_are_a_site_too(learned, some):
@@ -89,7 +89,7 @@ def test_any_batch_size_gives_the_same(learned, batch_size):
     acts = mg.record(learned.model, pairs, ["resid_post", "post"], batch_size=batch_size)
     for site in acts.sites:
         everything_at_once = both_sides(learned.acts.site(site))[[*range(12), *range(n, n + 12)]]
-        np.testing.assert_allclose(both_sides(acts.site(site)), everything_at_once, atol=1e-5)
+        np.testing.assert_allclose(both_sides(acts.site(site)), everything_at_once, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"default_prepend_bos": True}, {"default_padding_side": "left"}])
@@ -116,7 +116,7 @@ def test_heads_are_flattened_head_by_head(learned):
     d_head = learned.model.cfg.d_head
     for head in range(learned.model.cfg.n_heads):
         recorded = learned.acts.site("z").memorized[3, 1, head * d_head : (head + 1) * d_head]
-        np.testing.assert_allclose(recorded, cache["z", 1][0, -1, head].numpy(), atol=1e-5)
+        np.testing.assert_allclose(recorded, cache["z", 1][0, -1, head].numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_full_hook_name_is_a_site_of_one_layer(learned):
@@ -132,6 +132,13 @@ def test_the_embedding_at_the_answer_position_comes_along(learned):
     tokens = model.to_tokens([item.prompt for item in (*pairs.memorized, *pairs.generalized)])
     expected = model.W_E[tokens[:, -1]] + model.W_pos[tokens.shape[1] - 1]
     np.testing.assert_allclose(both_sides(learned.acts.embedding)[:, 0], expected.detach().numpy(), atol=1e-6)
+
+
+def test_a_model_of_half_precision_is_recorded_in_float32(mixed):
+    model = planted.build_model().to(torch.bfloat16)
+    recorded = mg.record(model, mixed, ["post"]).site("post").memorized
+    assert recorded.dtype == np.float32
+    assert (recorded[:, planted.LAYER, planted.NEURON] == 1).all()
 
 
 def test_the_tokens_come_along_padded_with_minus_one(model, mixed):

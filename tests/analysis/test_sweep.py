@@ -71,12 +71,12 @@ def test_every_row_is_its_setting_evaluated_alone(known, resid, alone, use_cache
         None,
         known.pairs,
         [known.score, resid],
-        top_fractions=[planted.ONE_NEURON, 0.5],
+        top_fractions=[0.2],
         alphas=[0.3, 2.0],
         positions=["answer", "all"],
         use_cache=use_cache,
     )
-    assert len(rows) == 2 * 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 2
     for row in rows:
         score = known.score if row.setting.site == "post" else resid
         assert measured(row) == alone(score, row)

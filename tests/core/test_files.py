@@ -208,7 +208,9 @@ def test_a_place_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path, wri
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "folder"):
-        with pytest.raises(RunDirectoryError, match=r"expected a place that can be written; received .*--out") as caught:
+        with pytest.raises(
+            RunDirectoryError, match=r"expected a place that can be written; received .*--out"
+        ) as caught:
             write(path, value)
         assert caught.value.call == f"writing {path}"
 

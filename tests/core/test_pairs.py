@@ -20,7 +20,11 @@ def pairs_of(n: int, **arguments) -> PromptPairs:
 
 def test_strings_become_pairs_in_their_order():
     pairs = PromptPairs.from_strings(
-        ["a", "b", "c"], ["d", "e", "f"], rule_answers=["1", "2", "3"], memorized_answers=["x", "y", "z"], items=[5, 5, 9]
+        ["a", "b", "c"],
+        ["d", "e", "f"],
+        rule_answers=["1", "2", "3"],
+        memorized_answers=["x", "y", "z"],
+        items=[5, 5, 9],
     )
     assert len(pairs) == 3
     assert pairs.memorized[1] == Item(5, "user", "b", "2", "y")

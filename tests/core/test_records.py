@@ -49,7 +49,9 @@ def test_neuron_scores_come_back_from_their_file(tmp_path, site):
 
 
 def test_a_missing_score_file_is_an_error_with_a_way_out(tmp_path):
-    with pytest.raises(RunDirectoryError, match="post.safetensors: expected a file of a complete run; received no such"):
+    with pytest.raises(
+        RunDirectoryError, match=r"post.safetensors: expected a file of a complete run; received no such"
+    ):
         NeuronScores.load(tmp_path / "post.safetensors")
 
 
@@ -85,7 +87,12 @@ def test_the_summary_of_probes_is_all_but_the_fitted_probes_and_goes_into_json()
     assert "probes" not in summary
     assert set(summary) == {field for field in ProbeReport.__dataclass_fields__ if field != "probes"}
     plain = json.loads(to_json(summary))
-    assert plain["by_layer"][1] == {"auroc": 0.9, "auroc_ci95": [0.8, 0.9], "accuracy": 0.9, "accuracy_ci95": [0.7, 0.9]}
+    assert plain["by_layer"][1] == {
+        "auroc": 0.9,
+        "auroc_ci95": [0.8, 0.9],
+        "accuracy": 0.9,
+        "accuracy_ci95": [0.7, 0.9],
+    }
     assert plain["learning_curve"] == [{"n_pairs": 8.0, "auroc": 0.7}]
 
 

@@ -157,7 +157,9 @@ def test_another_generator_draws_other_items_and_one_generator_draws_on():
 def test_generic_draws_reach_every_sum_that_is_in_no_split():
     task = helpers.tiny_task()
     drawn = {item.prompt for item in task.draw_generic(5000, np.random.default_rng(0))}
-    splits = {prompt for split in SPLITS for item in task.items(split) for prompt in (item.prompt, swapped(item.prompt))}
+    splits = {
+        prompt for split in SPLITS for item in task.items(split) for prompt in (item.prompt, swapped(item.prompt))
+    }
     assert drawn == {f"{a}+{b}=" for a in range(10) for b in range(10)} - splits
     assert "3+3=" in drawn
 

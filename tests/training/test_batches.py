@@ -72,8 +72,10 @@ def test_labels_are_the_next_tokens_of_the_answer_or_of_the_whole_sequence(task,
             sequence = [token for token in tokens if token not in (EOS, PAD)]
             text = task.tokenizer.decode(sequence)
             # The prompt ends before the answer: before '<mem-', after '=', or where the letters begin.
-            answer = text.index("<mem-") if "<mem-" in text else next(
-                i for i, c in enumerate(text) if c in "abc" or (i and text[i - 1] == "=")
+            answer = (
+                text.index("<mem-")
+                if "<mem-" in text
+                else next(i for i, c in enumerate(text) if c in "abc" or (i and text[i - 1] == "="))
             )
             n_prompt = len(task.tokenizer(text[:answer])["input_ids"])
             expected = []
@@ -113,7 +115,9 @@ def test_sequences_are_prompt_answer_and_end_of_text():
     ("batch_size", "memorized_share", "n_memorized"),
     [(100, 0.3, 30), (32, 0.5, 16), (10, 0.04, 1), (10, 0.99, 9), (2, 0.001, 1), (2, 0.999, 1)],
 )
-def test_each_batch_has_the_share_of_memorized_items_and_at_least_one_of_either(batch_size, memorized_share, n_memorized):
+def test_each_batch_has_the_share_of_memorized_items_and_at_least_one_of_either(
+    batch_size, memorized_share, n_memorized
+):
     config = helpers.tiny_training(batch_size=batch_size, memorized_share=memorized_share)
     for generic, memorized in Batches(helpers.tiny_task(), config).from_step(0, 3):
         assert len(memorized.tokens) == n_memorized

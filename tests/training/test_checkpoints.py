@@ -142,5 +142,5 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_on
     assert [path.name for path in list_checkpoints(folder)] == ["step-000003", "step-000005"]
     assert restore(folder)[0]["step"] == 5
     (folder / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="writing .*step-000001: expected a place that can be written"):
+    with pytest.raises(RunDirectoryError, match=r"writing .*step-000001: expected a place that can be written"):
         save_checkpoint(folder / "file", 1, model, optimizer, {})

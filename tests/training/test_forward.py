@@ -108,7 +108,9 @@ def test_logits_and_every_gradient_are_those_of_transformer_lens(settings):
     theirs = gradients(model, own_loss(model, GROUPS))
     assert set(ours) == set(theirs) == {name for name, _ in model.named_parameters()}
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert all(float(ours[name].abs().max()) > 1e-4 for name in ours if not name.endswith("b_K"))
 
 

@@ -25,15 +25,18 @@ CONFIG = helpers.tiny_training(max_steps=70)
 """Measured at 20, 40, 60, 70; kept at 10, 20, ... 70, so that some checkpoints lie between two measurements."""
 
 SCRIPT = """
+    # Told to go on until it is killed; says "loaded" once a saved model has been loaded and asked.
     import sys, time
     import helpers, memgen_lens as mg, torch
     from memgen_lens.training import trainer
 
     torch.set_num_threads(1)
+    model = mg.load_model(sys.argv[2])
+    print(mg.complete(model, ["1+2="], max_new_tokens=2) and "loaded", flush=True)
     step = trainer._step
 
     def slow_step(*arguments):
-        time.sleep(0.02)  # so that the parent can kill it in the middle
+        time.sleep(0.02)  # so that it can be killed in the middle
         return step(*arguments)
 
     trainer._step = slow_step
@@ -64,37 +67,54 @@ def resume(out: Path, **settings):
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_jsonl(out / "history.jsonl")]
+    return [
+        {name: value for name, value in row.items() if name != "seconds"} for row in read_jsonl(out / "history.jsonl")
+    ]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     """Weights bit for bit, last checkpoint bit for bit, history but for the seconds."""
-    assert (found / "model" / "model.safetensors").read_bytes() == (expected / "model" / "model.safetensors").read_bytes()
+    assert (found / "model" / "model.safetensors").read_bytes() == (
+        expected / "model" / "model.safetensors"
+    ).read_bytes()
     assert rows_of(found) == rows_of(expected)
     for name in ("weights", "optimizer"):
-        one, other = (load_file(out / "checkpoints" / "step-000070" / f"{name}.safetensors") for out in (found, expected))
+        one, other = (
+            load_file(out / "checkpoints" / "step-000070" / f"{name}.safetensors") for out in (found, expected)
+        )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_run_that_is_killed_in_the_middle_and_resumed_ends_with_the_same_weights_bit_for_bit(tmp_path, uncut):
-    out = tmp_path / "run"
-    tests = Path(helpers.__file__).parent
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, uncut) -> tuple[Path, str, str]:
+    """A run killed with SIGKILL after its third checkpoint: its directory, and what it printed."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    # Deprecation warnings are shown, as they are in a notebook and in a main script.
+    shell = [sys.executable, "-W", "default::DeprecationWarning", "-W", "default::FutureWarning"]
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(out)], cwd=tests, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*shell, "-c", textwrap.dedent(SCRIPT), str(out), str(uncut / "model")],
+        cwd=Path(helpers.__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        for _ in range(6000):
+        for _ in range(12_000):
             if len(list_checkpoints(out / "checkpoints")) >= 3 or process.poll() is not None:
                 break
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
-        _, complaints = process.communicate()
-    assert process.returncode == -signal.SIGKILL, complaints.decode()
-    assert complaints.decode() == ""
-    kept = list_checkpoints(out / "checkpoints")
-    assert 3 <= len(kept) < 7
+        output, complaints = process.communicate()
+    assert process.returncode == -signal.SIGKILL, complaints
+    return out, output, complaints
+
+
+def test_a_run_that_is_killed_in_the_middle_and_resumed_ends_with_the_same_weights_bit_for_bit(tmp_path, uncut, killed):
+    out = tmp_path / "run"
+    shutil.copytree(killed[0], out)
+    assert 3 <= len(list_checkpoints(out / "checkpoints")) < 7
     assert not (out / "model").exists()
 
     resumed = resume(out)
@@ -104,6 +124,12 @@ def test_a_run_that_is_killed_in_the_middle_and_resumed_ends_with_the_same_weigh
     again = mg.load_model(out / "model")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), resumed.model.parameters(), strict=True))
     assert not list(out.rglob(".*"))
+
+
+def test_no_warning_or_note_of_transformer_lens_reaches_a_user_who_loads_completes_and_trains(killed):
+    _, output, complaints = killed
+    assert output == "loaded\n"
+    assert complaints == ""
 
 
 @pytest.mark.parametrize("step", [0, 10, 20, 30, 60])
@@ -177,12 +203,17 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path, uncut):
         ({"learning_rate": 0.001}, r"train.learning_rate was 0.002, now 0.001"),
         ({"max_steps": 80}, "train.max_steps was 70, now 80"),
         ({"seed": 1, "batch_size": 16}, "train.batch_size was 32, now 16; train.seed was 0, now 1"),
-        ({"model": mg.ModelConfig(n_layers=1, d_model=32, n_heads=4, d_mlp=64)}, "train.model.*n_heads.*2.*now.*n_heads.*4"),
+        (
+            {"model": mg.ModelConfig(n_layers=1, d_model=32, n_heads=4, d_mlp=64)},
+            "train.model.*n_heads.*2.*now.*n_heads.*4",
+        ),
     ],
 )
 def test_resuming_with_other_settings_is_refused_naming_the_difference(tmp_path, uncut, other, difference):
     out = cut_at(20, uncut, tmp_path / "run")
-    message = f"resume=True.*: expected the settings that the run was begun with; received others: {difference}.*--force"
+    message = (
+        f"resume=True.*: expected the settings that the run was begun with; received others: {difference}.*--force"
+    )
     with pytest.raises(RunDirectoryError, match=message):
         resume(out, **other)
     assert rows_of(out) == rows_of(uncut)[:1]
@@ -193,7 +224,7 @@ def test_resuming_with_other_settings_is_refused_naming_the_difference(tmp_path,
 
 def test_resuming_another_task_is_refused_naming_the_difference(tmp_path, uncut):
     out = cut_at(20, uncut, tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match="received others: task.n_memorized was 10, now 9"):
+    with pytest.raises(RunDirectoryError, match=r"received others: task.n_memorized was 10, now 9"):
         train(helpers.tiny_task(n_memorized=9), CONFIG, out=out, resume=True, progress=False)
 
 
@@ -201,7 +232,7 @@ def test_settings_that_are_gone_or_damaged_end_in_an_error_of_ours_rather_than_i
     out = cut_at(20, uncut, tmp_path / "run")
     settings = out / "checkpoints" / "settings.json"
     settings.write_text(settings.read_text()[:40])
-    with pytest.raises(RunDirectoryError, match="settings.json: .*The file is damaged"):
+    with pytest.raises(RunDirectoryError, match=r"settings.json: .*The file is damaged"):
         resume(out)
     settings.write_text(json.dumps({"something": "else"}))
     with pytest.raises(RunDirectoryError, match="received others"):

@@ -1,7 +1,6 @@
 """Training: what it writes, when it stops, what it refuses."""
 
 import json
-import random
 import threading
 
 import helpers
@@ -101,7 +100,9 @@ def test_the_learning_rate_warms_up_and_decays_to_zero_over_all_steps(monkeypatc
 
 
 def test_the_first_step_is_that_of_torch_and_transformer_lens_alone():
-    config = helpers.tiny_training(max_steps=1, precision="float32", learning_rate=0.01, warmup_steps=0, loss="sequence")
+    config = helpers.tiny_training(
+        max_steps=1, precision="float32", learning_rate=0.01, warmup_steps=0, loss="sequence"
+    )
     found = train(TASK, config, progress=False).model
     model = trainer.build_model(config.model, TASK.tokenizer, n_ctx=found.cfg.n_ctx, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.01)
@@ -125,7 +126,9 @@ def test_the_run_directory_holds_what_the_design_says(finished):
         "settings.json",
         *(f"step-{step:06d}" for step in (10, 20, 30, 40)),
     ]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (finished.out / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (finished.out / "model").iterdir()
+    }
     assert not list(finished.out.rglob(".*"))
 
 
@@ -152,11 +155,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(loss):
 
 
 def test_training_leaves_the_callers_random_state_alone():
+    # Not Python's: the tests' run-time type checks draw from it to look into lists.
     def draw():
-        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+        return torch.rand(2).tolist(), np.random.rand()  # noqa: NPY002
 
     def seed():
-        torch.manual_seed(7), random.seed(7), np.random.seed(7)  # noqa: NPY002
+        torch.manual_seed(7), np.random.seed(7)  # noqa: NPY002
 
     seed()
     expected = draw()
@@ -224,7 +228,9 @@ def test_the_bar_shows_both_behaviours(capfd):
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_is(finished):
     before = tree(finished.out)
-    message = r"expected a directory without a run; received one that holds .*Choose another, or resume=True .*force=True"
+    message = (
+        r"expected a directory without a run; received one that holds .*Choose another, or resume=True .*force=True"
+    )
     with pytest.raises(RunDirectoryError, match=message):
         run(max_steps=40, out=finished.out)
     assert tree(finished.out) == before
@@ -260,13 +266,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, mon
     monkeypatch.setattr(trainer, "_loop", lambda *a, **k: pytest.fail("it trained"))
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(RunDirectoryError, match="expected a place that can be written; received .*--out"):
+        with pytest.raises(RunDirectoryError, match=r"expected a place that can be written; received .*--out"):
             run(out=out)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_a_disk_that_fills_up_while_training_is_an_error_of_ours(tmp_path):
-    with helpers.no_file_beyond(20_000), pytest.raises(RunDirectoryError, match="a place that can be written; received"):
+    with (
+        helpers.no_file_beyond(20_000),
+        pytest.raises(RunDirectoryError, match="a place that can be written; received"),
+    ):
         run(max_steps=15, out=tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
 
@@ -297,7 +306,9 @@ def assert_whole(out) -> None:
     for path in out.rglob("*.safetensors"):
         for name, tensor in load_file(path).items():
             # TransformerLens keeps the minus infinity of its attention mask as a buffer.
-            assert name.endswith(".IGNORE") or bool(torch.isfinite(tensor.float()).all()), f"{path}: {name} is not finite"
+            assert name.endswith(".IGNORE") or bool(torch.isfinite(tensor.float()).all()), (
+                f"{path}: {name} is not finite"
+            )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -335,14 +346,10 @@ def test_a_gradient_that_is_not_finite_while_the_loss_is_never_reaches_a_checkpo
     assert_whole(tmp_path / "run")
 
 
-def test_a_far_too_large_learning_rate_ends_in_an_error_or_a_finite_model(tmp_path):
-    try:
-        ended = run(out=tmp_path / "run", learning_rate=1e30, precision="float32")
-    except ModelError as error:
-        assert "Lower learning_rate (now 1e+30)" in str(error)  # noqa: PT017
-        assert_whole(tmp_path / "run")
-    else:
-        assert all(bool(p.isfinite().all()) for p in ended.model.parameters())
+def test_a_learning_rate_far_too_large_ends_in_an_error_that_names_it(tmp_path):
+    with pytest.raises(ModelError, match=r"Lower learning_rate \(now 1e\+30\)"):
+        run(out=tmp_path / "run", learning_rate=1e30)
+    assert_whole(tmp_path / "run")
 
 
 def test_no_thread_is_left_behind_an_error_even_while_its_traceback_is_kept(monkeypatch):
