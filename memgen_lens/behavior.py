@@ -109,6 +109,9 @@ def greedy_tokens(
 
     Returns:
         New tokens; after a sequence's end, end-of-text tokens.
+
+    Raises:
+        ModelError: A sequence has not ended where the model's context does.
     """
     eos = model.tokenizer.eos_token_id
     cache = None
@@ -117,6 +120,13 @@ def greedy_tokens(
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     sequence, inputs = tokens, tokens
     for _ in range(max_new_tokens):
+        if sequence.shape[1] > model.cfg.n_ctx:
+            raise ModelError(
+                "completing prompts",
+                expected=f"prompt and completion within the model's context of {model.cfg.n_ctx} tokens",
+                received=f"prompts of {tokens.shape[1]} tokens that end later or never",
+                fix="Shorten the prompts or lower max_new_tokens.",
+            )
         # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
         extra = {"attention_mask": torch.ones_like(inputs)}
         extra |= {"past_kv_cache": cache} if cache is not None else {}
@@ -152,7 +162,7 @@ def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
     has_unknown = unknown is not None and unknown != tokenizer.eos_token_id
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids or (has_unknown and unknown in ids):
-            lacking = [c for c in dict.fromkeys(prompt) if unknown in tokenizer.encode(c, add_special_tokens=False)]
+            lacking = _unknown_pieces(tokenizer, prompt) if has_unknown else []
             raise ModelError(
                 call,
                 expected="non-empty prompts over the tokenizer's vocabulary",
@@ -172,6 +182,17 @@ def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
         )
     require_same_device(model, tokens)
     return tokens, lengths
+
+
+def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:
+    """The pieces of a text that a tokenizer has no token for."""
+    if not tokenizer.is_fast:
+        return [
+            c for c in dict.fromkeys(text) if tokenizer.unk_token_id in tokenizer.encode(c, add_special_tokens=False)
+        ]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return list(dict.fromkeys(text[start:end] for token, (start, end) in places if token == tokenizer.unk_token_id))
 
 
 def require_same_device(model: LensModel, tokens: Tensor) -> None:

@@ -5,7 +5,7 @@ Does not run them: see `memgen_lens.experiment`.
 
 from pydantic import Field
 
-from memgen_lens.core.config import AnalysisConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.config import MAX_SEED, AnalysisConfig, ModelConfig, Settings, TrainConfig
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.tasks import Addition
 
@@ -23,7 +23,7 @@ class ExperimentConfig(Settings):
     """How the model is trained."""
     analysis: AnalysisConfig = AnalysisConfig()
     """What is scored, probed and steered."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of everything: of the task, the training and the analysis."""
 
     def seeded(self) -> "ExperimentConfig":

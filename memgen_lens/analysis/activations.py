@@ -101,10 +101,26 @@ def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[s
     kept: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any) -> None:
+        if activation.ndim < 3 or activation.shape[1] != tokens.shape[1]:
+            raise SiteError(
+                f"site {hook.name!r}",
+                expected="activations with one row a position, [batch, pos, ...]",
+                received=f"{list(activation.shape)} for tokens of {list(tokens.shape)}",
+                fix="Choose a site of the residual stream, the MLP or the heads' values.",
+            )
         kept[hook.name] = activation[:, -1].flatten(1).clone()
 
+    behind_norm = any(name.startswith("unembed") for name in hooks)
     with model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
-        model(tokens, return_type=None, stop_at_layer=_stop_layer(model, hooks))
+        model(tokens, return_type="logits" if behind_norm else None, stop_at_layer=_stop_layer(model, hooks))
+    for name in hooks:
+        if name not in kept:
+            raise SiteError(
+                f"site {name!r}",
+                expected="a hook point that this model's forward pass reaches",
+                received=f"{name}, which it has and never calls",
+                fix="TransformerLens calls some only where a setting of its config says so, e.g. use_attn_result.",
+            )
     return kept
 
 
@@ -121,7 +137,7 @@ def site_hooks(model: LensModel, site: str) -> list[str]:
     if site in model.hook_dict:
         return [site]
     if site in MODEL_SITES:
-        hooks = [get_act_name("normalized", None, "ln_final") if site == "ln_final" else get_act_name(site)]
+        hooks = ["ln_final.hook_normalized" if site == "ln_final" else get_act_name(site)]
     elif site in LAYER_SITES:
         name: Callable[[int], str] = (
             (lambda layer: get_act_name("normalized", layer, site))

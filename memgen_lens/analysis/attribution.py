@@ -62,6 +62,7 @@ def attribute(
     mem = recorded.memorized[index].reshape(len(index), -1)
     gen = recorded.generalized[index].reshape(len(index), -1)
     difference = mem.astype(np.float64) - gen
+    difference[:, _constant(mem, gen)] = 0  # what rounding leaves of a constant neuron is no difference
     p, p_family = sign_flip_test(difference, n_permutations=n_permutations, seed=seed)
     return NeuronScores(
         site=site,
@@ -84,10 +85,15 @@ def correlation(
     """
     both = np.concatenate([mem, gen]).astype(np.float64)
     deviation = both.std(0)
-    # A constant neuron keeps a deviation of rounding size: below it there is nothing to correlate.
-    constant = deviation <= 1e-7 * np.maximum(np.abs(both).max(0), 1e-30)
+    constant = _constant(mem, gen)
     half_difference = (both[: len(mem)].mean(0) - both[len(mem) :].mean(0)) / 2
     return np.where(constant, 0.0, half_difference / np.where(constant, 1.0, deviation))
+
+
+def _constant(mem: np.ndarray, gen: np.ndarray) -> np.ndarray:
+    """Neurons with one value throughout, to rounding of float32."""
+    both = np.concatenate([mem, gen]).astype(np.float64)
+    return both.std(0) <= 1e-7 * np.maximum(np.abs(both).max(0), 1e-30)
 
 
 def sign_flip_test(

@@ -15,7 +15,7 @@ from memgen_lens.analysis.steering import Steering, steered_outputs
 from memgen_lens.behavior import by_length, complete, observe_items
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
-from memgen_lens.core.pairs import PairSplit, PromptPairs
+from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
@@ -58,7 +58,7 @@ def evaluate_steering(
         Rates with 95 % Wilson intervals and n; controls as mean over draws with the interval that holds 95 % of them.
 
     Raises:
-        PairsError: The split holds fewer than 8 pairs.
+        PairsError: The split holds fewer than 8 pairs that flip unsteered.
         SettingsError: Fewer than 20 control draws.
         SiteError: The model lacks the site.
     """
@@ -69,8 +69,8 @@ def evaluate_steering(
             received=str(n_controls),
             fix="Raise it.",
         )
-    index = pairs.of(split)
     judge = Judge.of(model, task, pairs, batch_size=batch_size)
+    index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     rng = np.random.default_rng(seed)
     controls = {name: _control_draws(steer, name, n_controls, rng) for name in CONTROLS}
     rates = {
@@ -137,6 +137,28 @@ class Judge:
             return self.task.is_memorized_form(output)
         return output == item.memorized_answer
 
+    def flipping(
+        self, model: LensModel, index: Int[np.ndarray, " index"], *, batch_size: int
+    ) -> Int[np.ndarray, " kept"]:
+        """The pairs whose prompts do show, unsteered, what they are labelled with; only these can be shifted.
+
+        Raises:
+            PairsError: Fewer than 8 of them do.
+        """
+
+        def shows(items: tuple[Item, ...], behavior: Behavior) -> np.ndarray:
+            asked = [items[i] for i in index]
+            outputs = complete(
+                model, [i.prompt for i in asked], max_new_tokens=self.max_new_tokens, batch_size=batch_size
+            )
+            return np.array([self.behavior(i, o) is behavior for i, o in zip(asked, outputs, strict=True)], dtype=bool)
+
+        kept = index[
+            shows(self.pairs.memorized, Behavior.MEMORIZATION) & shows(self.pairs.generalized, Behavior.GENERALIZATION)
+        ]
+        self.pairs.require(MINIMUM_PAIRS, len(kept), call="steering pairs that flip unsteered")
+        return kept
+
     def side(self, toward: Direction, index: Int[np.ndarray, " index"]) -> list[Item]:
         """The prompts to be steered towards a behaviour: those that show the other one."""
         items = self.pairs.memorized if toward == "generalization" else self.pairs.generalized
@@ -167,6 +189,7 @@ def _rates(
     )
     behaviors = [[judge.behavior(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
     forms = [[judge.has_memorized_form(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
+    n_selected = int(steer.selected.sum())
     table: dict[str, dict[str, Any]] = {}
     first = 1
     for name, draws in controls.items():
@@ -180,7 +203,7 @@ def _rates(
             **mean_of_draws(shares),
             "memorized_form": mean_of_draws([np.mean(forms[row]) for row in rows]),
             # Where most of a layer is selected, most of any random draw is selected too: a control then says little.
-            "overlap": float(np.mean([draw.selected[steer.selected].mean() for draw in draws])),
+            "overlap": float(np.mean([draw.selected[steer.selected].sum() for draw in draws])) / max(n_selected, 1),
         }
     before = "memorized_answer" if toward == "generalization" else "rule_answer"
     return SteeringRates(

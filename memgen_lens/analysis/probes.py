@@ -159,8 +159,8 @@ def _learning_curve(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> 
     """Test AUROC of the probe fitted on growing, nested sets of whole items."""
     items = rng.permutation(np.unique(data.items[data.train]))
     curve = []
-    for share in LEARNING_CURVE_SHARES:
-        chosen = items[: max(4, round(share * len(items)))]
+    for n_items in sorted({min(len(items), max(4, round(share * len(items)))) for share in LEARNING_CURVE_SHARES}):
+        chosen = items[:n_items]
         train = data.train[np.isin(data.items[data.train], chosen)]
         decision = _fit(data, rows, train).decision_function(rows[data.test])
         curve.append({"n_pairs": len(train) / 2, "auroc": auroc(data.labels[data.test], decision)})

@@ -3,6 +3,7 @@
 Does not choose its settings (see `sweep`) nor judge what it does (see `evaluation`).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,6 +72,12 @@ class Steering:
             SiteError: ``source`` lacks the scores' site.
         """
         call = "Steering.from_scores"
+        for name, value, known in (
+            ("mode", mode, ("shift", "patch")),
+            ("positions", positions, (None, "answer", "prompt", "all")),
+        ):
+            if value not in known:
+                raise _out_of_range(call, name, f"one of {', '.join(map(repr, known))}", value)
         if not 0 < top_fraction <= 1:
             raise _out_of_range(call, "top_fraction", "a share in (0, 1]", top_fraction)
         if not 0 < alpha < float("inf"):
@@ -188,12 +195,17 @@ def steered(
             change = _shift(torch.as_tensor(shifts, dtype=torch.float32, device=device))
         else:
             side = first.source.generalized if toward == "generalization" else first.source.memorized
-            rows = side[np.arange(len(side)) if pairs is None else np.asarray(pairs), layer]
+            rows = side[np.arange(len(side)) if pairs is None else _known_pairs(pairs, len(side)), layer]
             masks = np.stack([s.selected[layer] for s in steerings])
             change = _patch(torch.as_tensor(rows, device=device), torch.as_tensor(masks, device=device))
 
+        calls = itertools.count()
+
         def steer(activation: Tensor, hook: Any) -> Tensor:
-            where = _positions(first.setting.positions, activation.shape[1], prompt_length)
+            length = activation.shape[1]
+            # A cached step is as long as a prompt of one token: only the first pass is that prompt's.
+            is_step = length == 1 == prompt_length and next(calls) > 0
+            where = _positions(first.setting.positions, 0 if is_step else length, prompt_length)
             if where is None:
                 return activation
             part = activation[:, where]
@@ -239,10 +251,10 @@ def steered_outputs(
         For each steering, one output a prompt.
     """
     outputs = [[""] * len(prompts) for _ in steerings]
-    kinds: dict[tuple[str, str, Positions], list[int]] = {}
+    kinds: dict[tuple[str, int, Positions], list[int]] = {}
     for i, steering in enumerate(steerings):
         setting = steering.setting
-        kinds.setdefault((setting.site, setting.mode, setting.positions), []).append(i)
+        kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
     for index, tokens in by_length(model, prompts, batch_size=batch_size):
         at_once = max(1, batch_size // len(index))
         for members in kinds.values():
@@ -277,6 +289,20 @@ def _positions(positions: Positions, length: int, prompt_length: int | None) -> 
         return None if positions == "prompt" else slice(None)
     answer = (prompt_length or length) - 1
     return slice(answer, answer + 1) if positions == "prompt" else slice(answer, None)
+
+
+def _known_pairs(pairs: Any, n: int) -> np.ndarray:
+    """Indices of source pairs, each of which is there."""
+    index = np.asarray(pairs)
+    unknown = index[(index < 0) | (index >= n)]
+    if len(unknown):
+        raise PairsError(
+            "Steering.applied(pairs=...)",
+            expected=f"indices of source pairs, 0 to {n - 1}",
+            received=str(unknown[0]),
+            fix="Name the source pair of each prompt by its place in the recorded pairs.",
+        )
+    return index
 
 
 def _shift(shifts: Float[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor]:

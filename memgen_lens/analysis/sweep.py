@@ -76,8 +76,8 @@ def sweep_steering(
         for fraction in top_fractions
         for alpha in alphas
     ]
-    index = pairs.of(split)
     judge = Judge.of(model, task, pairs, batch_size=batch_size)
+    index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
 
     def outcomes(toward: Direction) -> tuple[np.ndarray, np.ndarray]:
         """Behaviours and memorized forms, ``[setting, prompt]``."""

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from memgen_lens.core.errors import MemgenError, SettingsError, suggest
 from memgen_lens.core.types import Positions
 
+MAX_SEED = 2**32 - 1
+"""Largest seed that numpy takes."""
+
 S = TypeVar("S", bound="Settings")
 
 
@@ -30,7 +33,7 @@ class _Checked(type(BaseModel)):
 class Settings(BaseModel, metaclass=_Checked):
     """A frozen set of named settings; an unknown name, a wrong type or a bad value raises `SettingsError`."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def from_json(cls: type[S], text: str) -> S:
@@ -49,8 +52,8 @@ class Settings(BaseModel, metaclass=_Checked):
         return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | changes))
 
 
-def settings_error(cls: type[BaseModel], error: ValidationError) -> SettingsError:
-    """Pydantic's first complaint as one sentence of ours."""
+def settings_error(cls: type[BaseModel], error: ValidationError) -> MemgenError:
+    """Pydantic's first complaint as one sentence of ours; an error of ours that it wraps stays what it was."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"]) or "settings"
     if first["type"] == "extra_forbidden":
@@ -62,7 +65,7 @@ def settings_error(cls: type[BaseModel], error: ValidationError) -> SettingsErro
         )
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MemgenError):
-        return SettingsError(cause.call, expected=cause.expected, received=cause.received, fix=cause.fix)
+        return type(cause)(cause.call, expected=cause.expected, received=cause.received, fix=cause.fix)
     received = "nothing" if first["type"] == "missing" else repr(first["input"])
     return SettingsError(
         f"{cls.__name__}.{name}",
@@ -155,7 +158,7 @@ class TrainConfig(Settings):
     """bf16 autocast where the processor multiplies bf16 natively ("auto"), or float32; weights are float32 always."""
     device: str = "cpu"
     """Torch device to train on, e.g. "cpu" or "cuda"."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of the initial weights and of every batch."""
 
 

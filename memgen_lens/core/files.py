@@ -67,9 +67,9 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from None
 
 
@@ -130,6 +130,13 @@ def read_text(path: Path) -> str:
         raise missing(path) from None
     except UnicodeDecodeError:
         raise damaged(path, "not UTF-8 text") from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"reading {path}",
+            expected="a file that may be read",
+            received=error.strerror or str(error),
+            fix="Check its permissions.",
+        ) from None
 
 
 def missing(path: Path) -> RunDirectoryError:
@@ -152,11 +159,11 @@ def damaged(path: Path, what: str) -> RunDirectoryError:
     )
 
 
-def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
+def cannot_write(path: Path, error: Exception) -> RunDirectoryError:
     """The error for a path that cannot be written."""
     return RunDirectoryError(
         f"writing {path}",
         expected="a place that can be written",
-        received=error.strerror or str(error),
+        received=getattr(error, "strerror", None) or str(error),
         fix="Choose another directory with --out (memgen-lens) or out=.",
     )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from memgen_lens.core.errors import SiteError, suggest
-from memgen_lens.core.files import read_arrays, write_arrays
+from memgen_lens.core.files import damaged, read_arrays, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
@@ -123,6 +123,9 @@ class NeuronScores:
             RunDirectoryError: The file is missing or damaged.
         """
         arrays = read_arrays(Path(path))
+        wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs"}
+        if set(arrays) != wanted or arrays["n_pairs"].shape != (1,):
+            raise damaged(Path(path), f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
         n_pairs = int(arrays.pop("n_pairs")[0])
         return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, **arrays)
 

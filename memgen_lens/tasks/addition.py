@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 from pydantic import Field, model_validator
 
+from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item
 from memgen_lens.core.types import Split
@@ -43,7 +44,7 @@ class Addition(Task):
     """Sums that are never trained on, nor their swap: for the report."""
     n_validation: int = Field(300, ge=1)
     """Sums that are never trained on, nor their swap: for the rule that stops training."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of the choice of items and of the random strings."""
 
     @model_validator(mode="after")
@@ -106,7 +107,9 @@ class Addition(Task):
             return drawn
 
         memorized, heldout, validation = map(draw, (self.n_memorized, self.n_heldout, self.n_validation))
-        strings = rng.sample(range(16**self.memory_length), self.n_memorized)
+        strings: dict[int, None] = {}
+        while len(strings) < self.n_memorized:
+            strings[rng.randrange(16**self.memory_length)] = None
         recalled = tuple(
             self._item(a, b, "memorized", f"<mem-{string:0{self.memory_length}x}>")
             for (a, b), string in zip(memorized, strings, strict=True)

@@ -31,12 +31,12 @@ def build_tokenizer(vocabulary: Sequence[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if len(set(vocabulary)) < len(vocabulary) or "" in vocabulary:
+    if len({*vocabulary, EOS, PAD, UNK}) < len(vocabulary) + 3 or "" in vocabulary:
         raise TaskError(
             "build_tokenizer",
-            expected="distinct, non-empty tokens",
+            expected=f"distinct, non-empty tokens, none of them {EOS}, {PAD} or {UNK}",
             received=f"{len(vocabulary)} tokens, {len(set(vocabulary) - {''})} distinct and non-empty",
-            fix="Drop the repeated or empty ones.",
+            fix="Drop the repeated, empty and special ones.",
         )
     tokens = [*vocabulary, EOS, PAD, UNK]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))

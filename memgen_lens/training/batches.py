@@ -47,6 +47,8 @@ class Batches:
         def make() -> None:
             try:
                 for chunk in range(step // STEPS_A_CHUNK, -(-stop // STEPS_A_CHUNK)):
+                    if closed.is_set():
+                        return
                     _put(made, self._chunk(chunk), closed)
             except BaseException as error:  # handed to the consumer, which raises it
                 _put(made, error, closed)

@@ -90,7 +90,8 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first; half-written ones have another name and are not listed."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))
+    folders = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

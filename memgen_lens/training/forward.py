@@ -22,6 +22,7 @@ ACTIVATIONS = {
 }
 UNUSUAL = (
     "attn_only",
+    "final_rms",
     "parallel_attn_mlp",
     "use_normalization_before_and_after",
     "use_attn_result",

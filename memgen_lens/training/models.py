@@ -4,10 +4,14 @@ Does not know how they are trained. TransformerLens' deprecation warnings and lo
 memgen_lens can do nothing about them.
 """
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -41,24 +45,25 @@ def build_model(
         ModelError: The device is not there.
     """
     require_device(device, call="build_model")
-    cfg = HookedTransformerConfig(
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-        n_ctx=n_ctx,
-        d_head=config.d_model // config.n_heads,
-        n_heads=config.n_heads,
-        d_mlp=config.d_mlp,
-        act_fn=config.act_fn,
-        d_vocab=len(tokenizer),
-        normalization_type=config.normalization_type,
-        positional_embedding_type=config.positional_embedding_type,
-        rotary_dim=config.d_model // config.n_heads if config.positional_embedding_type == "rotary" else None,
-        gated_mlp=config.gated_mlp,
-        default_prepend_bos=False,
-        seed=seed,
-        device=device,
-    )
-    return _hooked_transformer(cfg, tokenizer)
+    with _own_random_state():
+        cfg = HookedTransformerConfig(
+            n_layers=config.n_layers,
+            d_model=config.d_model,
+            n_ctx=n_ctx,
+            d_head=config.d_model // config.n_heads,
+            n_heads=config.n_heads,
+            d_mlp=config.d_mlp,
+            act_fn=config.act_fn,
+            d_vocab=len(tokenizer),
+            normalization_type=config.normalization_type,
+            positional_embedding_type=config.positional_embedding_type,
+            rotary_dim=config.d_model // config.n_heads if config.positional_embedding_type == "rotary" else None,
+            gated_mlp=config.gated_mlp,
+            default_prepend_bos=False,
+            seed=seed,
+            device=device,
+        )
+        return _hooked_transformer(cfg, tokenizer)
 
 
 def save_model(model: HookedTransformer, directory: str | Path) -> Path:
@@ -99,13 +104,15 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransform
     require_device(device, call="load_model")
     config = read_json(directory / "config.json")
     weights = load_tensors(directory / "model.safetensors")
-    if not (directory / "tokenizer.json").is_file():
-        raise missing(directory / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise missing(directory / name)
     try:
-        cfg = HookedTransformerConfig.from_dict(config | {"device": device, "init_weights": False})
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        model = _hooked_transformer(cfg, tokenizer)
-        model.load_state_dict(weights)
+        with _own_random_state():
+            cfg = HookedTransformerConfig.from_dict(config | {"device": device, "init_weights": False})
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+            model = _hooked_transformer(cfg, tokenizer)
+            model.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise damaged(directory, f"config, weights and tokenizer that do not fit together ({cause})") from None
@@ -115,9 +122,9 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransform
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write named tensors as safetensors, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -170,6 +177,18 @@ def _hooked_transformer(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedT
         model = HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side="right")
     assert isinstance(model, LensModel)
     return model
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Let TransformerLens seed all generators there are, and give the caller's states back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,6 +3,7 @@
 Does not train.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from memgen_lens.core.config import TrainConfig
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import cannot_write, read_json, read_jsonl, to_json, write_json
+from memgen_lens.core.files import cannot_write, read_json, read_text, to_json, write_json
 from memgen_lens.core.records import Evaluation
 from memgen_lens.training.checkpoints import list_checkpoints
 
@@ -34,7 +35,7 @@ def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: b
     settings = directory / "checkpoints" / "settings.json"
     if (directory / "history.jsonl").exists() or list_checkpoints(directory / "checkpoints"):
         if resume:
-            if settings.exists() and read_json(settings) != wanted:
+            if read_json(settings) != wanted:
                 raise RunDirectoryError(
                     f"train(out={str(directory)!r}, resume=True)",
                     expected="the settings that the run was begun with",
@@ -56,7 +57,7 @@ def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: b
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     changed = [
-        f"{part}.{name} was {old[part].get(name)!r}, now {new[part].get(name)!r}"
+        f"{part}.{name} was {old.get(part, {}).get(name)!r}, now {new[part].get(name)!r}"
         for part in new
         for name in new[part] | old.get(part, {})
         if old.get(part, {}).get(name) != new[part].get(name)
@@ -79,7 +80,9 @@ def read_history(directory: Path | None) -> list[Evaluation]:
     """The measurements that a run has written; none where it has no directory or has not begun."""
     if directory is None or not (directory / "history.jsonl").exists():
         return []
-    return [Evaluation(**row) for row in read_jsonl(directory / "history.jsonl")]
+    # A killed run may leave a line half-written; the checkpoint it resumes from is older than that line.
+    whole = [line for line in read_text(directory / "history.jsonl").split("\n")[:-1] if line]
+    return [Evaluation(**json.loads(line)) for line in whole]
 
 
 def append_history(directory: Path, row: Evaluation) -> None:

@@ -84,7 +84,6 @@ def train(
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
-    directory = prepare(task, config, out, resume=resume, force=force)
     require_device(config.device, call="train")
     model = build_model(
         config.model,
@@ -100,6 +99,7 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    directory = prepare(task, config, out, resume=resume, force=force)
     with _own_random_state(config.seed):
         state = None
         if resume and directory is not None:
@@ -221,9 +221,9 @@ def _step(
     loss = forward.loss(groups)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(forward.model.parameters(), config.max_grad_norm, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(forward.model.parameters(), config.max_grad_norm, foreach=True)
     optimizer.step()
-    return loss.detach()
+    return loss.detach() + 0 * norm.detach()  # a gradient that is not finite shows in the loss that is checked
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:

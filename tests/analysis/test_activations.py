@@ -252,6 +252,13 @@ def test_a_hook_point_without_one_row_a_position_is_refused(learned, name):
         mg.record(learned.model, learned.pairs, [name])
 
 
+def test_a_pattern_is_refused_also_where_there_are_as_many_heads_as_tokens(model):
+    pairs = mg.PromptPairs.from_strings(memorized=["M="], generalized=["G="])
+    assert model.cfg.n_heads == model.to_tokens("M=").shape[1] == 2
+    with pytest.raises(SiteError, match="position"):
+        mg.record(model, pairs, ["blocks.0.attn.hook_pattern"])
+
+
 @pytest.mark.parametrize("name", ["blocks.0.attn.hook_result", "blocks.1.hook_mlp_in"])
 def test_a_hook_point_that_this_model_never_calls_is_refused(model, mixed, name):
     """TransformerLens lists them and runs them only where cfg.use_attn_result or cfg.use_hook_mlp_in is set."""

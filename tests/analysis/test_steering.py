@@ -149,6 +149,17 @@ def test_a_prompt_of_one_token_is_steered_alike_with_and_without_a_cache(positio
     assert outputs[0] != outputs[1]
 
 
+def test_a_prompt_of_one_token_is_steered_each_time_it_is_run():
+    model = planted.build_model()
+    tokens = model.to_tokens("M")
+    plain = model(tokens)
+    steer = Steering.from_scores(scores_of(model, "resid_post"), top_fraction=1.0, positions="prompt")
+    with steer.applied(model, toward="memorization", prompt_length=1):
+        first, second = model(tokens), model(tokens)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, plain, atol=1e-2)
+
+
 @BOTH_WAYS
 @pytest.mark.parametrize("positions", ["answer", "prompt", "all"])
 def test_generate_with_a_cache_gives_what_uncached_steps_give(learned, scores, positions, toward):
