@@ -24,7 +24,7 @@ check: $(VENV)/.installed  ## Format, lint, types, import directions, tests.
 lint: $(VENV)/.installed  ## What `check` does beside the tests.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed  ## Format the code and mend what lint can mend.

@@ -47,7 +47,11 @@ _QUICKSTART = ExperimentConfig(
     preset="quickstart",
     about="two-digit addition; 2 layers of width 128; about two minutes on two CPU cores",
     task=Addition(n_digits=2, n_memorized=300, reverse_sum=False, n_heldout=500, n_validation=200),
-    train=TrainConfig(model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"), max_steps=1000),
+    train=TrainConfig(
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
+        max_steps=1200,
+        target_generalization=0.985,
+    ),
 )
 
 PRESETS: dict[str, ExperimentConfig] = {config.preset: config for config in (_QUICKSTART,)}
