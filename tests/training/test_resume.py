@@ -177,6 +177,15 @@ def test_a_line_of_the_history_that_was_cut_in_the_middle_does_not_stop_a_resume
     assert_same_run(out, uncut)
 
 
+@pytest.mark.parametrize("line", ['{"step": 20, "tok', "[]", '{"step": 20}', "\x00"])
+def test_a_damaged_line_before_the_last_one_of_the_history_is_an_error_of_ours(tmp_path, uncut, line):
+    out = cut_at(40, uncut, tmp_path / "run")
+    _, second = (out / "history.jsonl").read_text().splitlines()
+    (out / "history.jsonl").write_text(f"{line}\n{second}\n")
+    with pytest.raises(RunDirectoryError, match=r"history.jsonl: expected .*The file is damaged"):
+        resume(out)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_and_the_end_is_the_same(tmp_path, uncut, name):
     out = cut_at(40, uncut, tmp_path / "run")
