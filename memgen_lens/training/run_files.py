@@ -11,7 +11,7 @@ from typing import Any
 
 from memgen_lens.core.config import TrainConfig
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import cannot_write, read_json, read_text, to_json, write_json
+from memgen_lens.core.files import cannot_write, damaged, read_json, read_text, to_json, write_json
 from memgen_lens.core.records import Evaluation
 from memgen_lens.training.checkpoints import list_checkpoints
 
@@ -82,7 +82,10 @@ def read_history(directory: Path | None) -> list[Evaluation]:
         return []
     # A killed run may leave a line half-written; the checkpoint it resumes from is older than that line.
     whole = [line for line in read_text(directory / "history.jsonl").split("\n")[:-1] if line]
-    return [Evaluation(**json.loads(line)) for line in whole]
+    try:
+        return [Evaluation(**json.loads(line)) for line in whole]
+    except Exception as error:
+        raise damaged(directory / "history.jsonl", f"a line that is no measurement ({error})"[:200]) from None
 
 
 def append_history(directory: Path, row: Evaluation) -> None:
