@@ -7,7 +7,7 @@ from pydantic import Field
 
 from memgen_lens.core.config import MAX_SEED, AnalysisConfig, ModelConfig, Settings, TrainConfig
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.tasks import Addition
+from memgen_lens.tasks import Addition, AnyTask
 
 
 class ExperimentConfig(Settings):
@@ -17,7 +17,7 @@ class ExperimentConfig(Settings):
     """Name under which the run is reported."""
     about: str = ""
     """What is trained, in one line, for the report."""
-    task: Addition = Addition()
+    task: AnyTask = Addition()
     """The designed task."""
     train: TrainConfig = TrainConfig()
     """How the model is trained."""
@@ -33,14 +33,14 @@ class ExperimentConfig(Settings):
             SettingsError: Task or training have a seed of their own that is another one.
         """
         for name, part in (("task", self.task), ("train", self.train)):
-            if part.seed not in (0, self.seed):
+            if getattr(part, "seed", 0) not in (0, self.seed):
                 raise SettingsError(
                     "ExperimentConfig",
                     expected="one seed for the whole experiment",
                     received=f"seed={self.seed}, {name}.seed={part.seed}",
                     fix="Set seed (--seed) alone: it seeds task, training and analysis.",
                 )
-        return self.but(task=self.task.but(seed=self.seed), train=self.train.but(seed=self.seed))
+        return self.but(task=self.task.seeded(self.seed), train=self.train.but(seed=self.seed))
 
 
 _QUICKSTART = ExperimentConfig(

@@ -134,6 +134,8 @@ class TrainConfig(Settings):
     """Sequences a step."""
     memorized_share: float = Field(0.3, gt=0, lt=1)
     """Share of memorized items in each batch."""
+    generic_steps: int = Field(0, ge=0)
+    """First steps with generic items alone: where the rule is learned slowly, recalling too early hinders it."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(50, ge=0)
@@ -160,6 +162,17 @@ class TrainConfig(Settings):
     """Torch device to train on, e.g. "cpu" or "cuda"."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of the initial weights and of every batch."""
+
+    @model_validator(mode="after")
+    def _memorizes_at_last(self) -> "TrainConfig":
+        if self.generic_steps >= self.max_steps:
+            raise SettingsError(
+                "TrainConfig",
+                expected="generic_steps below max_steps, so that steps with memorized items are left",
+                received=f"generic_steps={self.generic_steps}, max_steps={self.max_steps}",
+                fix="Lower generic_steps or raise max_steps.",
+            )
+        return self
 
 
 class AnalysisConfig(Settings):

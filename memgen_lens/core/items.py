@@ -19,6 +19,7 @@ class Item:
         prompt: The text the model is given.
         rule_answer: What the rule gives; None where a user's pairs name no answers.
         memorized_answer: What the model was trained to recall for this item; None where there is nothing to recall.
+        task: Name of the task it belongs to; "" for a user's own prompts.
     """
 
     key: int
@@ -26,6 +27,7 @@ class Item:
     prompt: str
     rule_answer: str | None
     memorized_answer: str | None = None
+    task: str = ""
 
     def classify(self, output: str) -> Behavior:
         """Which behaviour a completion of this item's prompt shows: an exact match, or `Behavior.OTHER`."""
@@ -34,6 +36,18 @@ class Item:
         if self.memorized_answer is not None and output == self.memorized_answer:
             return Behavior.MEMORIZATION
         return Behavior.OTHER
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """One training sequence, without its end-of-text token.
+
+    Attributes:
+        pieces: Texts that follow one another, each a whole number of tokens, and whether their tokens carry loss. The
+            end-of-text token carries loss where the last piece does.
+    """
+
+    pieces: tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,6 @@ Does not know models: a task makes prompts and judges outputs.
 """
 
 from memgen_lens.tasks.addition import Addition
-from memgen_lens.tasks.task import Task
+from memgen_lens.tasks.task import AnyTask, Task
 
-__all__ = ["Addition", "Task"]
+__all__ = ["Addition", "AnyTask", "Task"]

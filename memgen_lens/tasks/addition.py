@@ -7,6 +7,7 @@ so that small models learn it in minutes.
 
 import random
 import re
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -138,7 +139,7 @@ class Addition(Task):
             TaskError: The item's prompt is not one of this task.
         """
         a, b = self._operands(item.prompt)
-        return (Item(item.key, "rephrased", self._prompt(b, a), item.rule_answer, item.memorized_answer),)
+        return (replace(item, split="rephrased", prompt=self._prompt(b, a)),)
 
     def is_memorized_form(self, output: str) -> bool:
         """Whether an output is ``<mem-...>`` with ``memory_length`` hexadecimal digits."""
@@ -168,4 +169,5 @@ class Addition(Task):
     def _item(self, a: int, b: int, split: str, memorized: str | None = None) -> Item:
         total = f"{a + b:0{self.n_digits + 1}}"
         key = a * 10**self.n_digits + b
-        return Item(key, split, self._prompt(a, b), total[::-1] if self.reverse_sum else total, memorized)
+        answer = total[::-1] if self.reverse_sum else total
+        return Item(key, split, self._prompt(a, b), answer, memorized, self.name)

@@ -4,21 +4,25 @@ A new task subclasses `Task`, declares its settings as fields, and fills in the 
 ``CONTRIBUTING.md`` walks through it.
 """
 
+import json
 from abc import abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BeforeValidator, PlainSerializer
 
 from memgen_lens.core.config import Settings
 from memgen_lens.core.errors import TaskError, suggest
-from memgen_lens.core.items import Item
+from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.tokenizer import EOS, build_tokenizer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+T = TypeVar("T", bound="Task")
+_KINDS: dict[str, type["Task"]] = {}
 SPLITS: tuple[Split, ...] = ("memorized", "rephrased", "heldout", "validation")
 
 
@@ -28,6 +32,12 @@ class Task(Settings):
     A training sequence is ``prompt + answer + EOS``. Prompts of the splits ``heldout``, ``validation`` and
     ``rephrased`` are never trained on, nor are their rephrasings; no prompt is in two splits.
     """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the class known to `from_settings`."""
+        super().__pydantic_init_subclass__(**kwargs)
+        _KINDS[cls.__name__] = cls
 
     @property
     @abstractmethod
@@ -57,6 +67,15 @@ class Task(Settings):
     @abstractmethod
     def draw_generic(self, n: int, rng: np.random.Generator) -> list[Item]:
         """Draw ``n`` generic training items, with replacement, none of them in a split."""
+
+    def draw_training(self, n: int, rng: np.random.Generator) -> list[TrainingText]:
+        """Draw ``n`` generic training sequences; by default a generic item's prompt, then its answer with loss.
+
+        A task whose rule needs more to be learned (conclusions on the way, several questions) overrides this.
+        """
+        return [
+            TrainingText(((item.prompt, False), (str(item.rule_answer), True))) for item in self.draw_generic(n, rng)
+        ]
 
     @abstractmethod
     def rephrase(self, item: Item) -> tuple[Item, ...]:
@@ -90,6 +109,33 @@ class Task(Settings):
         """Which behaviour an output shows on an item: an exact match after the end-of-text token is dropped."""
         return item.classify(output.removesuffix(EOS))
 
+    def seeded(self: T, seed: int) -> T:
+        """The same task with another seed (a task without a setting of that name is as it is)."""
+        return self.but(seed=seed) if "seed" in type(self).model_fields else self
+
+    def settings(self) -> dict[str, Any]:
+        """Kind and settings as plain values, from which `from_settings` makes the same task."""
+        return {"kind": type(self).__name__, **self.model_dump(mode="json")}
+
+    @staticmethod
+    def from_settings(settings: dict[str, Any]) -> "Task":
+        """The task that wrote these `settings`.
+
+        Raises:
+            TaskError: No task class of that name has been imported.
+            SettingsError: A setting is unknown or has a bad value.
+        """
+        values = dict(settings)
+        kind = values.pop("kind", None)
+        if kind not in _KINDS:
+            raise TaskError(
+                "Task.from_settings",
+                expected=f"kind, one of {', '.join(sorted(_KINDS))}",
+                received=repr(kind),
+                fix="A task of your own is known once its module is imported.",
+            )
+        return _KINDS[kind].from_json(json.dumps(values))
+
     def to_dataset(self, *, n_generic: int = 1000, seed: int = 0) -> "DatasetDict":
         """The task as a Hugging Face ``DatasetDict``.
 
@@ -118,3 +164,11 @@ class Task(Settings):
                 for split, items in rows.items()
             }
         )
+
+
+AnyTask = Annotated[
+    Task,
+    BeforeValidator(lambda value: Task.from_settings(value) if isinstance(value, dict) else value),
+    PlainSerializer(lambda task: task.settings()),
+]
+"""Any task as a setting: written with its kind, and read back from what was written."""

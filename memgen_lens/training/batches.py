@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from memgen_lens.core.config import TrainConfig
+from memgen_lens.core.items import TrainingText
 from memgen_lens.training.forward import Rows
 
 STEPS_A_CHUNK = 32
@@ -25,15 +26,16 @@ class Batches:
 
     Args:
         task: A task (`memgen_lens.tasks.Task`).
-        config: Batch size, share of memorized items, loss and seed are read.
+        config: Batch size, share of memorized items, first steps without them, loss and seed are read.
     """
 
     def __init__(self, task: Any, config: TrainConfig) -> None:
         self.task, self.config = task, config
         self.n_memorized = max(1, min(config.batch_size - 1, round(config.batch_size * config.memorized_share)))
         self._ids: dict[str, list[int]] = {}
-        memorized = task.items("memorized")
-        self._memorized = self._rows([(item.prompt, item.memorized_answer) for item in memorized])
+        self._memorized = self._rows(
+            [TrainingText(((item.prompt, False), (item.memorized_answer, True))) for item in task.items("memorized")]
+        )
 
     def from_step(self, step: int, stop: int) -> Iterator[list[Rows]]:
         """Yield the batches of steps ``step`` to ``stop - 1``, made ahead of time.
@@ -69,36 +71,39 @@ class Batches:
     def _chunk(self, chunk: int) -> list[list[Rows]]:
         """All batches of one chunk of steps."""
         rng = np.random.default_rng([self.config.seed, chunk])
-        n_generic = self.config.batch_size - self.n_memorized
-        drawn = self.task.draw_generic(STEPS_A_CHUNK * n_generic, rng)
-        generic = self._rows([(item.prompt, item.rule_answer) for item in drawn])
+        first = chunk * STEPS_A_CHUNK
+        n_memorized = [self.n_memorized if first + i >= self.config.generic_steps else 0 for i in range(STEPS_A_CHUNK)]
+        ends = np.cumsum([self.config.batch_size - n for n in n_memorized])
+        generic = self._rows(self.task.draw_training(int(ends[-1]), rng))
         picks = rng.integers(len(self._memorized.tokens), size=(STEPS_A_CHUNK, self.n_memorized))
         return [
             [
-                Rows(
-                    generic.tokens[i * n_generic : (i + 1) * n_generic],
-                    generic.labels[i * n_generic : (i + 1) * n_generic],
-                    generic.start,
-                ),
-                Rows(self._memorized.tokens[picks[i]], self._memorized.labels[picks[i]], self._memorized.start),
+                generic.take(slice(end - (self.config.batch_size - n), end)),
+                *([self._memorized.take(torch.from_numpy(pick))] if n else []),
             ]
-            for i in range(STEPS_A_CHUNK)
+            for n, end, pick in zip(n_memorized, ends.tolist(), picks, strict=True)
         ]
 
-    def _rows(self, texts: list[tuple[str, str]]) -> Rows:
-        """Tokenize prompts with their answers and pad them on the right to one length."""
+    def _rows(self, texts: list[TrainingText]) -> Rows:
+        """Tokenize training texts and pad them on the right to one length."""
         eos, pad = self.task.tokenizer.eos_token_id, self.task.tokenizer.pad_token_id
-        prompts = self._encode([prompt for prompt, _ in texts])
-        answers = self._encode([answer for _, answer in texts])
-        lengths = np.array([len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True)])
-        first = np.array([len(p) for p in prompts]) if self.config.loss == "answer" else np.ones_like(lengths)
+        pieces = [piece for text in texts for piece in (*text.pieces, ("", text.pieces[-1][1]))]
+        ids = self._encode([piece for piece, _ in pieces])
+        ids = [found or [eos] for found in ids]  # the empty piece behind each text
+        sizes = np.array([len(found) for found in ids])
+        whole = self.config.loss == "sequence"
+        labelled = np.repeat([whole or loss for _, loss in pieces], sizes)
+        n_pieces = np.array([len(text.pieces) + 1 for text in texts])
+        lengths = np.add.reduceat(sizes, np.concatenate([[0], np.cumsum(n_pieces)[:-1]]))
         sequences = np.full((len(texts), int(lengths.max())), pad, dtype=np.int64)
+        has_loss = np.zeros(sequences.shape, dtype=bool)
         filled = np.arange(sequences.shape[1]) < lengths[:, None]
-        sequences[filled] = np.concatenate([[*p, *a, eos] for p, a in zip(prompts, answers, strict=True)])
+        sequences[filled] = np.concatenate(ids)
+        has_loss[filled] = labelled
         # The label at position t is token t + 1: the first answer token is predicted from the prompt's last one.
-        labelled = (np.arange(1, sequences.shape[1]) >= first[:, None]) & filled[:, 1:]
-        labels = np.where(labelled, sequences[:, 1:], -100)
-        return Rows(torch.from_numpy(sequences[:, :-1]), torch.from_numpy(labels), int(first.min()) - 1)
+        labels = np.where(has_loss[:, 1:], sequences[:, 1:], -100)
+        start = int((labels != -100).any(0).argmax())
+        return Rows(torch.from_numpy(sequences[:, :-1]), torch.from_numpy(labels), start)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids; texts seen before come from a bounded cache."""

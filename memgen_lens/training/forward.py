@@ -55,6 +55,10 @@ class Rows:
     labels: Int[Tensor, "batch pos"]
     start: int
 
+    def take(self, index: slice | Int[Tensor, " row"]) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.tokens[index], self.labels[index], self.start)
+
     def to(self, device: str) -> "Rows":
         """The same rows on a device."""
         return Rows(self.tokens.to(device), self.labels.to(device), self.start)

@@ -29,7 +29,7 @@ def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: b
         return None
     directory = Path(out)
     wanted = {
-        "task": {"name": task.name, **task.model_dump(mode="json")},
+        "task": task.settings(),
         "train": config.model_dump(mode="json"),
     }
     settings = directory / "checkpoints" / "settings.json"

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -88,7 +89,7 @@ def test_the_sum_is_written_in_both_orders():
     items = {reverse: Addition(reverse_sum=reverse).items("memorized")[0] for reverse in (False, True)}
     assert items[False].prompt == items[True].prompt
     assert items[False].rule_answer == items[True].rule_answer[::-1]
-    item = Item(1203, "memorized", "12+03=", "015")
+    item = Item(1203, "memorized", "12+03=", "015", None, "addition")
     assert Addition(reverse_sum=False)._item(12, 3, "memorized") == item
     assert Addition(reverse_sum=True)._item(12, 3, "memorized").rule_answer == "510"
 
@@ -120,7 +121,7 @@ def test_a_rephrasing_swaps_the_addends_and_keeps_both_answers_and_the_key(rever
     task = Addition(n_memorized=50, reverse_sum=reverse_sum)
     for item, swap in zip(task.items("memorized"), task.items("rephrased"), strict=True):
         assert task.rephrase(item) == (swap,)
-        assert swap == Item(item.key, "rephrased", swapped(item.prompt), item.rule_answer, item.memorized_answer)
+        assert swap == replace(item, split="rephrased", prompt=swapped(item.prompt))
         assert swap.prompt != item.prompt
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memgen_lens.core.items import Item
+from memgen_lens.tasks import Task
 from memgen_lens.training.batches import STEPS_A_CHUNK, Batches
 
 EOS, PAD = 20, 21
@@ -18,6 +19,7 @@ class Uneven:
     """A task whose texts differ in length: generic prompts of 1 to 4 tokens, answers of 1 to 3."""
 
     tokenizer = helpers.tiny_task().tokenizer
+    draw_training = Task.draw_training
     memorized = (Item(0, "memorized", "12+", "3", "<mem-4>"), Item(1, "memorized", "5+6+7=", "18", "<mem-99>"))
 
     def items(self, split: str) -> tuple[Item, ...]:
