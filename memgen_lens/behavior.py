@@ -45,7 +45,7 @@ def observe_items(model: LensModel, task: Any, items: Sequence[Item], *, batch_s
         model, [item.prompt for item in items], max_new_tokens=task.max_answer_tokens, batch_size=batch_size
     )
     return [
-        Outcome(item, output, task.classify(item, output), task.is_memorized_form(output))
+        Outcome(item, output, task.classify(item, output), task.is_memorized_form(item, output))
         for item, output in zip(items, outputs, strict=True)
     ]
 

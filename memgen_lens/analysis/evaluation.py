@@ -134,7 +134,7 @@ class Judge:
     def has_memorized_form(self, item: Item, output: str) -> bool:
         """Whether an output has the form of a memorized answer; without a task, whether it is the item's own."""
         if self.task is not None:
-            return self.task.is_memorized_form(output)
+            return self.task.is_memorized_form(item, output)
         return output == item.memorized_answer
 
     def flipping(

@@ -141,7 +141,7 @@ class Addition(Task):
         a, b = self._operands(item.prompt)
         return (replace(item, split="rephrased", prompt=self._prompt(b, a)),)
 
-    def is_memorized_form(self, output: str) -> bool:
+    def is_memorized_form(self, item: Item, output: str) -> bool:
         """Whether an output is ``<mem-...>`` with ``memory_length`` hexadecimal digits."""
         return re.fullmatch(rf"<mem-[0-9a-f]{{{self.memory_length}}}>", output) is not None
 

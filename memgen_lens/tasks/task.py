@@ -82,8 +82,11 @@ class Task(Settings):
         """The rephrasings of an item: another surface, the same answer of the rule."""
 
     @abstractmethod
-    def is_memorized_form(self, output: str) -> bool:
-        """Whether an output has the form of a memorized answer, this item's or not."""
+    def is_memorized_form(self, item: Item, output: str) -> bool:
+        """Whether an output to an item has the form of a memorized answer, its own or not.
+
+        Where both answers have one form, nothing but the item's own memorized answer counts.
+        """
 
     @cached_property
     def tokenizer(self) -> Any:

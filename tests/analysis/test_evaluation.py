@@ -259,7 +259,9 @@ def test_control_rates_are_the_mean_over_their_draws(learned, steer, table, towa
         shares = [
             np.mean([learned.task.classify(i, o) == toward for i, o in zip(items, row, strict=True)]) for row in outputs
         ]
-        forms = [np.mean([learned.task.is_memorized_form(o) for o in row]) for row in outputs]
+        forms = [
+            np.mean([learned.task.is_memorized_form(i, o) for i, o in zip(items, row, strict=True)]) for row in outputs
+        ]
         control = rates(table, toward).controls[name]
         assert (control["n_draws"], control["memorized_form"]["n_draws"]) == (20, 20)
         assert control["mean"] == pytest.approx(np.mean(shares))

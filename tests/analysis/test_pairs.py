@@ -37,7 +37,7 @@ class Markers:
     def classify(self, item, output):
         return item.classify(output)
 
-    def is_memorized_form(self, output):
+    def is_memorized_form(self, item, output):
         return output == planted.MEMORY
 
 

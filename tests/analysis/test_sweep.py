@@ -129,7 +129,7 @@ def test_on_a_trained_model_every_row_is_counted_by_hand(learned, use_cache, bat
                 learned.model, [i.prompt for i in items], [steer], toward=toward, max_new_tokens=5
             )[0]
             seen[toward] = [
-                (str(learned.task.classify(i, o)), learned.task.is_memorized_form(o))
+                (str(learned.task.classify(i, o)), learned.task.is_memorized_form(i, o))
                 for i, o in zip(items, outputs, strict=True)
             ]
         assert row.n == len(index)

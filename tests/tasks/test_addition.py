@@ -101,7 +101,7 @@ def test_memorized_strings_are_distinct_and_of_the_declared_form(task):
     assert len(set(strings)) == len(strings)
     for string in strings:
         assert re.fullmatch(f"<mem-[0-9a-f]{{{task.memory_length}}}>", string)
-        assert task.is_memorized_form(string)
+        assert task.is_memorized_form(task.items("memorized")[0], string)
 
 
 def test_only_memorized_items_and_their_rephrasings_have_something_to_recall():
@@ -208,7 +208,7 @@ def test_both_answers_of_an_item_are_told_apart_and_another_items_string_is_othe
     assert task.classify(item, item.rule_answer) is Behavior.GENERALIZATION
     assert task.classify(item, item.memorized_answer + "<eos>") is Behavior.MEMORIZATION
     assert task.classify(item, another.memorized_answer) is Behavior.OTHER
-    assert task.is_memorized_form(another.memorized_answer)
+    assert task.is_memorized_form(item, another.memorized_answer)
     assert task.classify(item, item.rule_answer[::-1] + " ") is Behavior.OTHER
 
 
@@ -230,7 +230,8 @@ def test_both_answers_of_an_item_are_told_apart_and_another_items_string_is_othe
     ],
 )
 def test_the_form_of_a_memorized_answer_is_exact(output, form):
-    assert Addition(memory_length=4).is_memorized_form(output) is form
+    task = Addition(memory_length=4)
+    assert task.is_memorized_form(task.items("memorized")[0], output) is form
 
 
 def test_the_declared_lengths_in_tokens_are_those_of_the_longest_texts():
