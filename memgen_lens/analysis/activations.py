@@ -3,19 +3,26 @@
 The answer position is the last token of a prompt, whose logits pick the first answer token. Does not score.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
 from memgen_lens.behavior import by_length
 from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
+from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, SiteActivations
+from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
 
 LAYER_SITES = (
@@ -36,9 +43,21 @@ LAYER_SITES = (
 """Short names of sites inside the blocks, as TransformerLens' `get_act_name` knows them."""
 MODEL_SITES = ("embed", "pos_embed", "ln_final")
 """Short names of sites outside the blocks: one layer."""
+EMBEDDING = "embedding"
+"""Name under which the embedding at the answer position is kept beside the sites."""
+SIDES = ("memorized", "generalized")
+NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
+"""Hook points whose second axis is heads, whatever its length."""
 
 
-def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int = 2048) -> Activations:
+def record(
+    model: LensModel,
+    pairs: PromptPairs,
+    sites: Sequence[str],
+    *,
+    batch_size: int = 512,
+    out: str | Path | None = None,
+) -> Activations:
     """Activations of both prompts of every pair at the answer position.
 
     No cache of the model is made: a hook keeps the last position of the sites asked for, batch by batch, and the
@@ -50,6 +69,9 @@ def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_
         sites: TransformerLens short names, e.g. ``["resid_post", "post"]``; heads are flattened into the neuron
             axis (``z``: neuron = head * d_head + coordinate).
         batch_size: Prompts in one forward pass.
+        out: Directory to write the activations into as safetensors, one file a site, with a manifest. They are then
+            read from there where and when they are used (`load_activations` opens them again), and memory does not
+            grow with the pairs.
 
     Returns:
         For each site both sides as float32 ``[pair, layer, neuron]``; and the token embedding (with position, where
@@ -59,40 +81,111 @@ def record(model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_
         SiteError: A site is unknown, or the model lacks it.
         PairsError: There are no pairs.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+        RunDirectoryError: ``out`` cannot be written.
+    """
+    blocks = recorded_blocks(model, pairs, sites, batch_size=batch_size, call="record")
+    first = next(blocks)
+    shapes = {name: (len(pairs), *values.shape[2:]) for name, values in first.sides.items()}
+    with ExitStack() as stack:
+        sides = {
+            name: {side: np.empty(shape, np.float32) for side in SIDES}
+            if out is None
+            else stack.enter_context(new_shard(Path(out) / f"{name}.safetensors", dict.fromkeys(SIDES, shape)))
+            for name, shape in shapes.items()
+        }
+        tokens = []
+        for block in chain([first], blocks):
+            rows = slice(block.first, block.first + len(block.tokens[0]))
+            for name, values in block.sides.items():
+                for side, value in zip(SIDES, values, strict=True):
+                    sides[name][side][rows] = value
+            tokens.append(block.tokens)
+    widest = max(block.shape[2] for block in tokens)
+    padded = [np.pad(block, ((0, 0), (0, 0), (0, widest - block.shape[2])), constant_values=-1) for block in tokens]
+    tokens = np.concatenate(padded, axis=1).reshape(2 * len(pairs), -1)
+    if out is not None:
+        write_arrays(Path(out) / "tokens.safetensors", {"tokens": tokens})
+        write_json(Path(out) / "manifest.json", {"sites": list(sites)} | vars(pairs))
+        return load_activations(out)
+    recorded = {name: SiteActivations(**both) for name, both in sides.items()}
+    return Activations(embedding=recorded.pop(EMBEDDING), sites=recorded, pairs=pairs, tokens=tokens)
+
+
+def load_activations(directory: str | Path) -> Activations:
+    """Open what ``record(..., out=directory)`` wrote; arrays are read from disk where and when they are used.
+
+    Raises:
+        RunDirectoryError: A file is missing or damaged.
+    """
+    directory = Path(directory)
+    manifest = read_json(directory / "manifest.json")
+    try:
+        pairs = PromptPairs(
+            memorized=tuple(Item(**row) for row in manifest["memorized"]),
+            generalized=tuple(Item(**row) for row in manifest["generalized"]),
+            split=np.array(manifest["split"]),
+            n_items=manifest["n_items"],
+            n_flipped=manifest["n_flipped"],
+            n_items_by_task=manifest["n_items_by_task"],
+        )
+        sites = {name: SiteActivations(**map_shard(directory / f"{name}.safetensors")) for name in manifest["sites"]}
+        embedding = SiteActivations(**map_shard(directory / f"{EMBEDDING}.safetensors"))
+        tokens = read_arrays(directory / "tokens.safetensors")["tokens"]
+    except (KeyError, TypeError) as error:
+        raise damaged(directory / "manifest.json", f"content that is not its own ({error!r})") from None
+    return Activations(sites=sites, pairs=pairs, embedding=embedding, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class RecordedBlock:
+    """Some consecutive pairs' activations.
+
+    Attributes:
+        first: Place of the first of these pairs among all.
+        sides: By site (and `EMBEDDING`), memorized then generalized: ``[2, pair, layer, neuron]``, float32.
+        tokens: Token ids, right-padded with -1: ``[2, pair, pos]``.
+    """
+
+    first: int
+    sides: dict[str, Float[np.ndarray, "2 pair layer neuron"]]
+    tokens: Int[np.ndarray, "2 pair pos"]
+
+
+def recorded_blocks(
+    model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int, call: str
+) -> Iterator[RecordedBlock]:
+    """Activations block by block, in the order of the pairs; nothing is kept of the blocks before.
+
+    Raises:
+        SiteError: A site is unknown, or the model lacks it.
+        PairsError: There are no pairs.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
     if isinstance(sites, str):
-        raise SiteError(
-            "record",
-            expected="a list of sites",
-            received=repr(sites),
-            fix=f"Write sites=[{sites!r}].",
-        )
-    pairs.require(1, len(pairs), call="record")
+        raise SiteError(call, expected="a list of sites", received=repr(sites), fix=f"Write sites=[{sites!r}].")
+    pairs.require(1, len(pairs), call=call)
+    embedding = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
     names = {site: site_hooks(model, site) for site in sites}
-    prompts = [item.prompt for item in (*pairs.memorized, *pairs.generalized)]
-    embedding_hooks = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
-    wanted = list(dict.fromkeys([*embedding_hooks, *(hook for hooks in names.values() for hook in hooks)]))
-    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    batches = by_length(model, prompts, batch_size=batch_size)
-    for _, tokens in batches:
-        for name, value in last_position(model, tokens, wanted).items():
-            kept[name].append(value.cpu())
-    order = np.argsort([i for index, _ in batches for i in index])
-
-    def side_by_side(hooks: list[str]) -> SiteActivations:
-        values = torch.stack([torch.cat(kept[hook]) for hook in hooks], dim=1).float().numpy()[order]
-        return SiteActivations(memorized=values[: len(pairs)], generalized=values[len(pairs) :])
-
-    embeddings = [side_by_side([name]) for name in embedding_hooks]
-    return Activations(
-        sites={site: side_by_side(hooks) for site, hooks in names.items()},
-        pairs=pairs,
-        embedding=SiteActivations(
-            memorized=np.sum([e.memorized for e in embeddings], axis=0),
-            generalized=np.sum([e.generalized for e in embeddings], axis=0),
-        ),
-        tokens=_pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts)),
-    )
+    wanted = list(dict.fromkeys([*embedding, *(hook for hooks in names.values() for hook in hooks)]))
+    step = max(1, batch_size // 2)
+    for first in range(0, len(pairs), step):
+        block = slice(first, first + step)
+        prompts = [item.prompt for item in (*pairs.memorized[block], *pairs.generalized[block])]
+        batches = by_length(model, prompts, batch_size=batch_size)
+        order = np.argsort([i for index, _ in batches for i in index])
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+        for _, tokens in batches:
+            for name, value in last_position(model, tokens, wanted).items():
+                kept[name].append(value.float().cpu().numpy())
+        values = {name: np.concatenate(parts)[order] for name, parts in kept.items()}
+        sides = {site: np.stack([values[hook] for hook in hooks], axis=1) for site, hooks in names.items()}
+        sides[EMBEDDING] = np.sum([values[hook] for hook in embedding], axis=0)[:, None]
+        tokens = _pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts))
+        yield RecordedBlock(
+            first,
+            {site: value.reshape(2, -1, *value.shape[1:]) for site, value in sides.items()},
+            tokens.reshape(2, -1, tokens.shape[1]),
+        )
 
 
 @torch.inference_mode()
@@ -101,7 +194,8 @@ def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[s
     kept: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any) -> None:
-        if activation.ndim < 3 or activation.shape[1] != tokens.shape[1]:
+        by_head = str(hook.name).endswith(NO_POSITIONS)
+        if by_head or activation.ndim < 3 or activation.shape[1] != tokens.shape[1]:
             raise SiteError(
                 f"site {hook.name!r}",
                 expected="activations with one row a position, [batch, pos, ...]",

@@ -1,18 +1,22 @@
 """Score neurons: mean difference, correlation, and whether chance explains them.
 
-Does not know models or prompts, only recorded activations.
+Scores recorded activations, or a model and its prompts in one streaming pass that keeps no activation.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from memgen_lens.analysis.activations import EMBEDDING, recorded_blocks
+from memgen_lens.analysis.moments import PairMoments
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit
+from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
+from memgen_lens.core.types import LensModel
 
 PAIRS_A_BLOCK = 1024
-PERMUTATIONS_A_BLOCK = 250
 
 
 def attribute(
@@ -37,104 +41,123 @@ def attribute(
         acts: Activations recorded by `record`.
         site: One of their sites.
         split: Pairs to score on; ``"select"`` keeps ``tune`` and ``test`` untouched. None = all pairs.
-        n_permutations: Sign flips, at least 1,000; p-values are at least ``1 / (n_permutations + 1)``.
+        n_permutations: Sign flips, at least 1,000; p-values are at least ``1 / (n_permutations + 1)``. 0 = no test.
         seed: Seed of the sign flips.
 
     Returns:
-        Scores ``[layer, neuron]``, in float64.
+        Scores ``[layer, neuron]``, in float64; ``p``, ``p_family`` and ``q`` are nan where no test was asked for.
 
     Raises:
         SiteError: The site was not recorded.
         PairsError: The split holds fewer than 8 pairs.
         SettingsError: Fewer than 1,000 permutations.
     """
-    if n_permutations < 1000:
-        raise SettingsError(
-            "attribute",
-            expected="n_permutations of at least 1000",
-            received=str(n_permutations),
-            fix="Fewer leave p-values too coarse to correct for many neurons.",
-        )
+    _require_permutations("attribute", n_permutations)
     recorded = acts.site(site)
-    index = acts.pairs.of(split) if split is not None else np.arange(len(acts.pairs))
-    acts.pairs.require(MINIMUM_PAIRS, len(index), call="attribute")
-    shape = recorded.memorized.shape[1:]
-    mem = recorded.memorized[index].reshape(len(index), -1)
-    gen = recorded.generalized[index].reshape(len(index), -1)
-    difference = mem.astype(np.float64) - gen
-    difference[:, _constant(mem, gen)] = 0  # what rounding leaves of a constant neuron is no difference
-    p, p_family = sign_flip_test(difference, n_permutations=n_permutations, seed=seed)
-    return NeuronScores(
-        site=site,
-        nmd=difference.mean(0).reshape(shape),
-        rho=correlation(mem, gen).reshape(shape),
-        p=p.reshape(shape),
-        p_family=p_family.reshape(shape),
-        q=fdr(p).reshape(shape),
-        n_pairs=len(index),
-    )
+    index = _pairs_of(acts.pairs, split, call="attribute")
+    moments = PairMoments(n_permutations=n_permutations, seed=seed)
+    for first in range(0, len(index), PAIRS_A_BLOCK):
+        rows = index[first : first + PAIRS_A_BLOCK]
+        moments.add(*(side[rows].reshape(len(rows), -1) for side in (recorded.memorized, recorded.generalized)))
+    return _scores(site, moments, recorded.memorized.shape[1:])
+
+
+def attribute_streaming(
+    model: LensModel,
+    pairs: PromptPairs,
+    sites: Sequence[str],
+    *,
+    split: PairSplit | None = "select",
+    n_permutations: int = 1000,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> dict[str, NeuronScores]:
+    """`attribute`, straight from the model: one pass over the prompts, no activation kept.
+
+    Memory does not grow with the pairs: each batch is merged into running moments and dropped. The permutation test
+    takes ``8 * n_permutations`` bytes a neuron.
+
+    Args:
+        model: A HookedTransformer; left without hooks, also after an exception.
+        pairs: Prompt pairs, ours or a user's own.
+        sites: Sites to score; see `record`.
+        split: See `attribute`.
+        n_permutations: See `attribute`.
+        seed: See `attribute`.
+        batch_size: Prompts in one forward pass.
+
+    Returns:
+        By site, the scores that ``attribute(record(model, pairs, sites), site)`` gives, to rounding.
+
+    Raises:
+        SiteError: A site is unknown, or the model lacks it.
+        PairsError: The split holds fewer than 8 pairs.
+        SettingsError: Fewer than 1,000 permutations.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+    """
+    call = "attribute_streaming"
+    _require_permutations(call, n_permutations)
+    scored = pairs.take(_pairs_of(pairs, split, call=call))
+    moments: dict[str, PairMoments] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
+        for site, (mem, gen) in block.sides.items():
+            if site == EMBEDDING:
+                continue
+            shapes[site] = mem.shape[1:]
+            running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
+            running.add(mem.reshape(len(mem), -1), gen.reshape(len(gen), -1))
+    return {site: _scores(site, running, shapes[site]) for site, running in moments.items()}
 
 
 def correlation(
     mem: Float[np.ndarray, "pair neuron"], gen: Float[np.ndarray, "pair neuron"]
 ) -> Float[np.ndarray, " neuron"]:
-    """Pearson correlation with the label (1 = memorization) over both sides; 0 for a constant neuron.
-
-    With as many rows on each side, the label has mean 1/2 and deviation 1/2, so that
-    ``rho = (mean_mem - mean_gen) / (2 * std)`` with the standard deviation over both sides.
-    """
-    both = np.concatenate([mem, gen]).astype(np.float64)
-    deviation = both.std(0)
-    constant = _constant(mem, gen)
-    half_difference = (both[: len(mem)].mean(0) - both[len(mem) :].mean(0)) / 2
-    return np.where(constant, 0.0, half_difference / np.where(constant, 1.0, deviation))
-
-
-def _constant(mem: np.ndarray, gen: np.ndarray) -> np.ndarray:
-    """Neurons with one value throughout, to rounding of float32."""
-    both = np.concatenate([mem, gen]).astype(np.float64)
-    return both.std(0) <= 1e-7 * np.maximum(np.abs(both).max(0), 1e-30)
+    """Pearson correlation with the label (1 = memorization) over both sides; 0 for a constant neuron."""
+    moments = PairMoments(n_permutations=0, seed=0)
+    moments.add(mem, gen)
+    return moments.rho
 
 
 def sign_flip_test(
     difference: Float[np.ndarray, "pair neuron"], *, n_permutations: int, seed: int
 ) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]]:
-    """Two-sided paired sign-flip permutation p-values of each neuron's mean difference.
-
-    Memory: the permuted sums of one block of permutations; nothing grows with pairs times permutations.
+    """Two-sided paired sign-flip permutation p-values of each neuron's mean difference, and the max-T ones.
 
     Args:
         difference: ``h_mem - h_gen`` of each pair.
         n_permutations: Sign flips, drawn once and shared by all neurons, so that max-T holds under dependence.
         seed: Their seed.
-
-    Returns:
-        ``p`` and ``p_family`` (max-T), both counting the observed labelling: ``(1 + hits) / (1 + n_permutations)``.
     """
-    n = len(difference)
-    square_sum = np.square(difference).sum(0)  # unchanged by any flip
-    observed = _abs_t(difference.sum(0), square_sum, n)
-    rng = np.random.default_rng(seed)
-    hits, family_hits = np.zeros(len(observed)), np.zeros(len(observed))
-    done = 0
-    while done < n_permutations:
-        block = min(PERMUTATIONS_A_BLOCK, n_permutations - done)
-        sums = np.zeros((block, difference.shape[1]))
-        for first in range(0, n, PAIRS_A_BLOCK):
-            part = difference[first : first + PAIRS_A_BLOCK]
-            sums += rng.choice([-1.0, 1.0], size=(block, len(part))) @ part
-        permuted = _abs_t(sums, square_sum, n)
-        # Rounding must not decide ties, of which few pairs have many.
-        reached = observed * (1 - 1e-9)
-        hits += (permuted >= reached).sum(0)
-        family_hits += (permuted.max(1, keepdims=True) >= reached).sum(0)
-        done += block
-    return (1 + hits) / (1 + n_permutations), (1 + family_hits) / (1 + n_permutations)
+    moments = PairMoments(n_permutations=n_permutations, seed=seed)
+    moments.add(difference, np.zeros_like(difference))
+    return moments.p_values()
 
 
-def _abs_t(sums: np.ndarray, square_sum: np.ndarray, n: int) -> np.ndarray:
-    """Absolute paired t statistic from sums of differences; 0 where all differences are 0."""
-    mean = sums / n
-    variance = np.maximum(square_sum / n - np.square(mean), 0) / (n - 1)
-    floor = 1e-12 * np.maximum(square_sum / n, 1e-300)
-    return np.abs(mean) / np.sqrt(np.maximum(variance, floor))
+def _scores(site: str, moments: PairMoments, shape: tuple[int, ...]) -> NeuronScores:
+    p, p_family = moments.p_values()
+    return NeuronScores(
+        site=site,
+        nmd=moments.nmd.reshape(shape),
+        rho=moments.rho.reshape(shape),
+        p=p.reshape(shape),
+        p_family=p_family.reshape(shape),
+        q=(fdr(p) if moments.n_permutations else p).reshape(shape),
+        n_pairs=moments.n,
+    )
+
+
+def _pairs_of(pairs: PromptPairs, split: PairSplit | None, *, call: str) -> np.ndarray:
+    index = pairs.of(split) if split is not None else np.arange(len(pairs))
+    pairs.require(MINIMUM_PAIRS, len(index), call=call)
+    return index
+
+
+def _require_permutations(call: str, n_permutations: int) -> None:
+    if n_permutations and n_permutations < 1000:
+        raise SettingsError(
+            call,
+            expected="n_permutations of at least 1000, or 0 for no test",
+            received=str(n_permutations),
+            fix="Fewer leave p-values too coarse to correct for many neurons.",
+        )

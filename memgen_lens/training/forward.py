@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memgen_lens.training.short_attention import ShortAttention
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -158,21 +160,18 @@ def _attention(
     bias = torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)])
     qkv = torch.addmm(bias, x, weight)
     outputs = []
-    for part, (batch, pos), start in zip(
-        qkv.split([batch * pos for batch, pos in shapes]), shapes, starts, strict=True
-    ):
-        q, k, v = part.view(batch, pos, 3, cfg.n_heads, cfg.d_head).unbind(2)
+    parts = qkv.split([batch * pos for batch, pos in shapes]) if len(shapes) > 1 else [qkv]
+    for part, (batch, pos), start in zip(parts, shapes, starts, strict=True):
+        heads = part.view(batch, pos, 3, cfg.n_heads, cfg.d_head)
         if cfg.positional_embedding_type == "rotary":
-            q, k = attn.apply_rotary(q), attn.apply_rotary(k)
-        # [batch, pos, head, d_head] -> [batch, head, pos, d_head]
-        q, k, v = q[:, start:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        future = torch.ones(pos, pos, dtype=torch.bool, device=x.device).triu(1)[start:]
+            q, k, v = heads.unbind(2)
+            heads = torch.stack([attn.apply_rotary(q), attn.apply_rotary(k), v.to(q.dtype)], 2)
         scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
         if x.is_cuda:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=~future, scale=scale)
+            q, k, v = heads.transpose(1, 3).unbind(2)  # 3 x [batch, head, pos, d_head]
+            future = torch.ones(pos, pos, dtype=torch.bool, device=x.device).triu(1)[start:]
+            z = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=~future, scale=scale).transpose(1, 2)
         else:
-            # On CPU the fused kernel's backward takes most of a step at such lengths; three products are faster.
-            scores = (q @ k.transpose(-1, -2)) * scale
-            z = scores.masked_fill(future, -math.inf).softmax(-1) @ v
-        outputs.append(z.transpose(1, 2).reshape(-1, width))
-    return torch.cat(outputs)
+            z = ShortAttention.apply(heads, start, scale)
+        outputs.append(z.reshape(-1, width))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

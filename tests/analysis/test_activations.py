@@ -6,10 +6,12 @@ import numpy as np
 import planted
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import memgen_lens as mg
-from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES
-from memgen_lens.core.errors import ModelError, PairsError, SiteError
+from memgen_lens.analysis import activations
+from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES, last_position
+from memgen_lens.core.errors import ModelError, PairsError, RunDirectoryError, SiteError
 
 ALL_SITES = [*LAYER_SITES, *MODEL_SITES]
 
@@ -252,7 +254,6 @@ def test_a_hook_point_without_one_row_a_position_is_refused(learned, name):
         mg.record(learned.model, learned.pairs, [name])
 
 
-@pytest.mark.xfail(reason="known gap, not yet mended", strict=False)
 def test_a_pattern_is_refused_also_where_there_are_as_many_heads_as_tokens(model):
     pairs = mg.PromptPairs.from_strings(memorized=["M="], generalized=["G="])
     assert model.cfg.n_heads == model.to_tokens("M=").shape[1] == 2
@@ -292,3 +293,64 @@ def test_tokens_on_another_device_than_the_weights_are_refused(mixed):
     model.cfg.device = "cpu"
     with pytest.raises(ModelError, match=r"weights on meta, tokens on cpu.*Move the model with model\.to"):
         mg.record(model, mixed, ["post"])
+
+
+def test_activations_written_to_a_directory_are_the_same_and_read_when_they_are_used(learned, tmp_path):
+    sites = ["resid_post", "blocks.0.attn.hook_z"]
+    kept = mg.record(learned.model, learned.pairs, sites, batch_size=32)
+    written = mg.record(learned.model, learned.pairs, sites, batch_size=32, out=tmp_path / "acts")
+    opened = mg.load_activations(tmp_path / "acts")
+    for acts in (written, opened):
+        assert list(acts.sites) == sites and acts.pairs.rows() == learned.pairs.rows()
+        assert (acts.pairs.n_items, acts.pairs.n_flipped) == (learned.pairs.n_items, learned.pairs.n_flipped)
+        np.testing.assert_array_equal(acts.tokens, kept.tokens)
+        for site in sites:
+            assert isinstance(acts.site(site).memorized, np.memmap), "not in memory"
+            np.testing.assert_array_equal(acts.site(site).memorized, kept.site(site).memorized)
+            np.testing.assert_array_equal(acts.site(site).generalized, kept.site(site).generalized)
+        np.testing.assert_array_equal(acts.embedding.memorized, kept.embedding.memorized)
+    np.testing.assert_array_equal(mg.attribute(opened, sites[0]).rho, mg.attribute(kept, sites[0]).rho)
+    arrays = load_file(tmp_path / "acts" / "resid_post.safetensors")  # with the library too
+    np.testing.assert_array_equal(arrays["memorized"], kept.site("resid_post").memorized)
+    assert sorted(path.name for path in (tmp_path / "acts").iterdir()) == [
+        "blocks.0.attn.hook_z.safetensors",
+        "embedding.safetensors",
+        "manifest.json",
+        "resid_post.safetensors",
+        "tokens.safetensors",
+    ]
+
+
+def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeypatch):
+    calls = []
+
+    def fail_later(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("the third batch")
+        return last_position(*arguments, **keywords)
+
+    monkeypatch.setattr(activations, "last_position", fail_later)
+    with pytest.raises(RuntimeError, match="the third batch"):
+        mg.record(learned.model, learned.pairs, ["post"], batch_size=16, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert planted.hooks_on(learned.model) == {}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "post.safetensors", "embedding.safetensors", "tokens.safetensors"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "not its own"])
+def test_damaged_activations_are_refused_by_name(model, mixed, tmp_path, name, damage):
+    mg.record(model, mixed, ["post"], out=tmp_path)
+    path = tmp_path / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if damage == "cut" else b"{}")
+    with pytest.raises(RunDirectoryError, match=name):
+        mg.load_activations(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused(model, mixed, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match="writing .*file"):
+        mg.record(model, mixed, ["post"], out=tmp_path / "file" / "acts")

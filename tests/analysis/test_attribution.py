@@ -11,6 +11,7 @@ from scipy.stats import false_discovery_control, pearsonr
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution import correlation, sign_flip_test
+from memgen_lens.analysis.moments import PairMoments
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, SiteActivations
 
@@ -169,15 +170,71 @@ def test_nearly_equal_differences_are_no_rarer_than_their_own_flip(spread):
     assert (p_family >= p).all()
 
 
-def test_p_does_not_depend_on_the_blocks_it_is_summed_in(monkeypatch):
-    from memgen_lens.analysis import attribution
+def moments_of(mem, gen, sizes, n_permutations=1000):
+    moments, first = PairMoments(n_permutations=n_permutations, seed=0), 0
+    for size in sizes:
+        moments.add(mem[first : first + size], gen[first : first + size])
+        first += size
+    assert first == len(mem)
+    return moments
 
-    difference = np.random.default_rng(0).normal(size=(40, 7)) + 0.3
-    exact_enough, _ = sign_flip_test(difference, n_permutations=40_000, seed=0)
-    monkeypatch.setattr(attribution, "PAIRS_A_BLOCK", 16)
-    monkeypatch.setattr(attribution, "PERMUTATIONS_A_BLOCK", 300)
-    blocked, _ = sign_flip_test(difference, n_permutations=40_000, seed=1)
-    np.testing.assert_allclose(blocked, exact_enough, atol=6 * np.sqrt(0.25 / 40_000))
+
+@MODEST
+@given(st.data())
+def test_scores_do_not_depend_on_the_blocks_they_are_merged_from(data):
+    """2,500 pairs cross the chunks in which signs are drawn; far from zero, where naive sums of squares fail."""
+    rng = np.random.default_rng(0)
+    mem, gen = rng.normal(size=(2, 2500, 4)) + [0, 1e3, 1e5, 1e6]
+    mem[:, 0] += 0.1
+    cuts = sorted(data.draw(st.sets(st.integers(1, 2499), max_size=6)))
+    sizes = np.diff([0, *cuts, 2500]).tolist()
+    whole, merged = moments_of(mem, gen, [2500]), moments_of(mem, gen, sizes)
+    np.testing.assert_allclose(merged.nmd, (mem - gen).mean(0), atol=1e-8)
+    np.testing.assert_allclose(merged.rho, whole.rho, rtol=1e-6, atol=1e-9)
+    both, label = np.concatenate([mem, gen]), np.repeat([1.0, 0.0], 2500)
+    np.testing.assert_allclose(merged.rho, [pearsonr(column, label).statistic for column in both.T], atol=1e-9)
+    for ours, theirs in zip(merged.p_values(), whole.p_values(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+def test_what_is_kept_does_not_grow_with_the_pairs():
+    rng = np.random.default_rng(0)
+
+    def kept(n_pairs):
+        moments = moments_of(*rng.normal(size=(2, n_pairs, 3)), [n_pairs])
+        return sum(value.nbytes for value in vars(moments).values() if isinstance(value, np.ndarray))
+
+    assert kept(20) == kept(5000)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 4096])
+def test_streaming_gives_the_scores_of_recorded_activations(learned, batch_size):
+    sites = ["resid_post", "z"]
+    streamed = mg.attribute_streaming(learned.model, learned.pairs, sites, batch_size=batch_size)
+    acts = mg.record(learned.model, learned.pairs, sites)
+    assert list(streamed) == sites
+    for site in sites:
+        ours, theirs = streamed[site], mg.attribute(acts, site)
+        assert ours.n_pairs == theirs.n_pairs == len(learned.pairs.of("select"))
+        np.testing.assert_allclose(ours.nmd, theirs.nmd, atol=1e-5)
+        np.testing.assert_allclose(ours.rho, theirs.rho, atol=1e-5)
+        np.testing.assert_allclose(ours.p, theirs.p, atol=5e-3)  # a tie may fall either way by rounding
+
+
+def test_without_permutations_there_are_scores_and_no_p(learned):
+    score = mg.attribute_streaming(learned.model, learned.pairs, ["post"], n_permutations=0)["post"]
+    assert np.isnan([score.p, score.q, score.p_family]).all()
+    np.testing.assert_allclose(score.nmd, mg.attribute(learned.acts, "post").nmd, atol=1e-5)
+
+
+def test_streaming_refuses_what_attribute_refuses(learned):
+    few = learned.pairs.take(np.arange(5))
+    with pytest.raises(PairsError, match="attribute_streaming: expected at least 8 pairs; received 5"):
+        mg.attribute_streaming(learned.model, few, ["post"], split=None)
+    with pytest.raises(SettingsError, match="attribute_streaming: expected n_permutations"):
+        mg.attribute_streaming(learned.model, learned.pairs, ["post"], n_permutations=10)
+    with pytest.raises(SiteError, match="resid_pots"):
+        mg.attribute_streaming(learned.model, learned.pairs, ["resid_pots"])
 
 
 @pytest.mark.parametrize("n_permutations", [1000, 1001, 1249])
@@ -306,7 +363,9 @@ def test_a_seed_gives_the_same_p_again_and_another_seed_others(known):
 
 
 def test_fewer_than_a_thousand_permutations_are_refused(known):
-    with pytest.raises(SettingsError, match=r"attribute: expected n_permutations of at least 1000; received 999\."):
+    with pytest.raises(
+        SettingsError, match=r"attribute: expected n_permutations of at least 1000, or 0 for no test; received 999\."
+    ):
         mg.attribute(known.acts, "post", n_permutations=999)
 
 
