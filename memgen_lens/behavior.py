@@ -4,7 +4,8 @@ Works on any HookedTransformer (and on whatever else meets the `LensModel` proto
 every hook fires. Does not know what the outputs are used for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,7 +98,13 @@ def by_length(
 
 @torch.inference_mode()
 def greedy_tokens(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, use_cache: bool = True
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    *,
+    max_new_tokens: int,
+    use_cache: bool = True,
+    prefix: TransformerLensKeyValueCache | None = None,
+    during: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext(),
 ) -> Int[Tensor, "batch new"]:
     """Greedy continuations of prompts of one length, until all have ended or ``max_new_tokens`` are made.
 
@@ -106,6 +113,9 @@ def greedy_tokens(
         tokens: Prompts.
         max_new_tokens: Tokens generated at most.
         use_cache: Keep keys and values (a HookedTransformer only; others run the whole sequence every time).
+        prefix: Keys and values of all but the prompts' last token (see `prefix_cache`), which are then not run again;
+            it is added to.
+        during: Context that the forward pass of each step runs in, by step.
 
     Returns:
         New tokens; after a sequence's end, end-of-text tokens.
@@ -114,12 +124,12 @@ def greedy_tokens(
         ModelError: A sequence has not ended where the model's context does.
     """
     eos = model.tokenizer.eos_token_id
-    cache = None
-    if use_cache and isinstance(model, HookedTransformer):
+    cache = prefix
+    if cache is None and use_cache and isinstance(model, HookedTransformer):
         cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    sequence, inputs = tokens, tokens
-    for _ in range(max_new_tokens):
+    sequence, inputs = tokens, tokens if prefix is None else tokens[:, -1:]
+    for step in range(max_new_tokens):
         if sequence.shape[1] > model.cfg.n_ctx:
             raise ModelError(
                 "completing prompts",
@@ -130,7 +140,9 @@ def greedy_tokens(
         # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
         extra = {"attention_mask": torch.ones_like(inputs)}
         extra |= {"past_kv_cache": cache} if cache is not None else {}
-        new = model(inputs, **extra)[:, -1].argmax(-1).masked_fill(ended, eos)
+        with during(step):
+            logits = model(inputs, **extra)
+        new = logits[:, -1].argmax(-1).masked_fill(ended, eos)
         ended |= new == eos
         sequence = torch.cat([sequence, new[:, None]], dim=1)
         inputs = new[:, None] if cache is not None else sequence
@@ -139,11 +151,35 @@ def greedy_tokens(
     return sequence[:, tokens.shape[1] :]
 
 
+@torch.inference_mode()
+def prefix_cache(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> TransformerLensKeyValueCache:
+    """Keys and values of all but the last token of prompts of one length, for `greedy_tokens`."""
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
+    before = tokens[:, :-1]
+    if before.shape[1]:
+        model(before, attention_mask=torch.ones_like(before), past_kv_cache=cache, return_type=None)
+    return cache
+
+
+def repeat_cache(cache: TransformerLensKeyValueCache, copies: int) -> TransformerLensKeyValueCache:
+    """The keys and values of a batch repeated, copy after copy; the cache itself is left as it is."""
+    return TransformerLensKeyValueCache(
+        entries=[
+            type(entry)(entry.past_keys.repeat(copies, 1, 1, 1), entry.past_values.repeat(copies, 1, 1, 1))
+            for entry in cache.entries
+        ],
+        previous_attention_mask=cache.previous_attention_mask.repeat(copies, 1),
+    )
+
+
 def decode(model: LensModel, tokens: Int[Tensor, "batch new"]) -> list[str]:
     """Generated tokens as text, up to the first end-of-text token."""
     eos = model.tokenizer.eos_token_id
-    rows = [row[: row.index(eos)] if eos in row else row for row in tokens.tolist()]
-    return model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    # Of many prompts under many settings, few say something new.
+    distinct, place = torch.unique(tokens, dim=0, return_inverse=True)
+    rows = [row[: row.index(eos)] if eos in row else row for row in distinct.tolist()]
+    texts = model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    return [texts[i] for i in place.tolist()]
 
 
 def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from memgen_lens.analysis.steering import Steering, steered_outputs
+from memgen_lens.analysis.generation import steered_outputs
+from memgen_lens.analysis.steering import Steering
 from memgen_lens.behavior import by_length, complete, observe_items
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
@@ -72,7 +73,7 @@ def evaluate_steering(
     judge = Judge.of(model, task, pairs, batch_size=batch_size)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     rng = np.random.default_rng(seed)
-    controls = {name: _control_draws(steer, name, n_controls, rng) for name in CONTROLS}
+    controls = {name: control_draws(steer, name, n_controls, rng) for name in CONTROLS}
     rates = {
         toward: _rates(model, judge, index, steer, controls, toward=toward, batch_size=batch_size)
         for toward in ("generalization", "memorization")
@@ -226,7 +227,7 @@ def _rates(
     )
 
 
-def _control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) -> list[Steering]:
+def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) -> list[Steering]:
     """Draws of one control: as many neurons in each layer, the same multiset of magnitudes."""
     if name == "random_sign":
         if steer.setting.mode == "patch":

@@ -3,7 +3,6 @@
 Does not choose its settings (see `sweep`) nor judge what it does (see `evaluation`).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memgen_lens.analysis.activations import site_hooks
-from memgen_lens.behavior import by_length, decode, greedy_tokens
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
 from memgen_lens.core.types import Direction, LensModel, Positions
@@ -132,7 +130,8 @@ class Steering:
             pairs: In patch mode, the source pair of each row of the batch; default: pair p for row p.
             prompt_length: Tokens of the prompt. Needed where the whole sequence is run again at every step
                 (``use_past_kv_cache=False``) or answers are fed in: positions from ``prompt_length - 1`` on are then
-                steered. Default: a forward pass of more than one token is a prompt, of one token a cached step.
+                steered. Default: a forward pass of more than one token is a prompt, of one token a cached step. With
+                ``prompt_length=1`` every pass of one token is taken for a prompt.
 
         Yields:
             The model, steered.
@@ -152,15 +151,22 @@ class Steering:
 
 
 @contextmanager
-def steered(
+def steered(model: LensModel, steerings: Sequence[Steering], **how: Any) -> Iterator[None]:
+    """Steer every forward pass inside the ``with`` block; arguments and errors as in `steering_hooks`."""
+    with model.hooks(fwd_hooks=steering_hooks(model, steerings, **how)):
+        yield
+
+
+def steering_hooks(
     model: LensModel,
     steerings: Sequence[Steering],
     *,
     toward: Direction,
     pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
     prompt_length: int | None = None,
-) -> Iterator[None]:
-    """Several steerings of one site and mode at once, riding in the batch dimension.
+    where: slice | None = None,
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks for several steerings of one site and mode at once, which ride in the batch dimension.
 
     Args:
         model: A HookedTransformer.
@@ -168,6 +174,7 @@ def steered(
         toward: See `Steering.applied`.
         pairs: See `Steering.applied`; of the rows of one block.
         prompt_length: See `Steering.applied`.
+        where: Positions of the forward pass to change, whatever the setting says.
 
     Raises:
         SiteError: The model lacks the site, or has another shape there than the scores.
@@ -199,85 +206,24 @@ def steered(
             masks = np.stack([s.selected[layer] for s in steerings])
             change = _patch(torch.as_tensor(rows, device=device), torch.as_tensor(masks, device=device))
 
-        calls = itertools.count()
-
         def steer(activation: Tensor, hook: Any) -> Tensor:
-            length = activation.shape[1]
-            # A cached step is as long as a prompt of one token: only the first pass is that prompt's.
-            is_step = length == 1 == prompt_length and next(calls) > 0
-            where = _positions(first.setting.positions, 0 if is_step else length, prompt_length)
-            if where is None:
+            chosen = where or _positions(first.setting.positions, activation.shape[1], prompt_length)
+            if chosen is None:
                 return activation
-            part = activation[:, where]
+            part = activation[:, chosen]
             flat = part.flatten(2)  # heads into the neuron axis
             if flat.shape[2] != first.selected.shape[1]:
                 raise _wrong_shape(first.setting.site, f"{first.selected.shape[1]} neurons", f"{flat.shape[2]}")
+            changed_part = change(flat).to(part.dtype).view_as(part)
+            if part.shape == activation.shape:
+                return changed_part
             new = activation.clone()
-            new[:, where] = change(flat).to(part.dtype).view_as(part)
+            new[:, chosen] = changed_part
             return new
 
         return steer
 
-    with model.hooks(fwd_hooks=[(hooks[layer], hook_of(layer)) for layer in changed.tolist()]):
-        yield
-
-
-def steered_outputs(
-    model: LensModel,
-    prompts: Sequence[str],
-    steerings: Sequence[Steering],
-    *,
-    toward: Direction,
-    max_new_tokens: int,
-    pairs: Int[np.ndarray, " prompt"] | None = None,
-    batch_size: int = 2048,
-    use_cache: bool = True,
-) -> list[list[str]]:
-    """Greedy completions of the same prompts under each of several steerings.
-
-    Steerings of one site, mode and positions share a forward pass: they ride in the batch dimension.
-
-    Args:
-        model: A HookedTransformer.
-        prompts: Prompts, the same for all steerings.
-        steerings: Any number, of any sites.
-        toward: The behaviour to push towards.
-        max_new_tokens: Tokens generated at most.
-        pairs: In patch mode, the source pair of each prompt.
-        batch_size: Rows (steerings x prompts) in one forward pass.
-        use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
-
-    Returns:
-        For each steering, one output a prompt.
-    """
-    outputs = [[""] * len(prompts) for _ in steerings]
-    kinds: dict[tuple[str, int, Positions], list[int]] = {}
-    for i, steering in enumerate(steerings):
-        setting = steering.setting
-        kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
-    for index, tokens in by_length(model, prompts, batch_size=batch_size):
-        at_once = max(1, batch_size // len(index))
-        for members in kinds.values():
-            for start in range(0, len(members), at_once):
-                block = members[start : start + at_once]
-                with steered(
-                    model,
-                    [steerings[i] for i in block],
-                    toward=toward,
-                    pairs=None if pairs is None else pairs[index],
-                    prompt_length=tokens.shape[1],
-                ):
-                    new = greedy_tokens(
-                        model,
-                        tokens.repeat(len(block), 1),
-                        max_new_tokens=max_new_tokens,
-                        use_cache=use_cache,
-                    )
-                texts = iter(decode(model, new))
-                for i in block:
-                    for prompt in index:
-                        outputs[i][prompt] = next(texts)
-    return outputs
+    return [(hooks[layer], hook_of(layer)) for layer in changed.tolist()]
 
 
 def _positions(positions: Positions, length: int, prompt_length: int | None) -> slice | None:

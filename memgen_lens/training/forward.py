@@ -5,7 +5,6 @@ product, norms are fused, and the last block computes queries, MLP and logits on
 copied; gradients land in the model's own parameters. No hook fires here: analysis uses the model itself.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +164,8 @@ def _attention(
         heads = part.view(batch, pos, 3, cfg.n_heads, cfg.d_head)
         if cfg.positional_embedding_type == "rotary":
             q, k, v = heads.unbind(2)
-            heads = torch.stack([attn.apply_rotary(q), attn.apply_rotary(k), v.to(q.dtype)], 2)
+            turned = [attn.apply_rotary(q), attn.apply_rotary(k)]  # float32 also where all else is bfloat16
+            heads = torch.stack([*(t.to(v.dtype) for t in turned), v], 2)
         scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
         if x.is_cuda:
             q, k, v = heads.transpose(1, 3).unbind(2)  # 3 x [batch, head, pos, d_head]

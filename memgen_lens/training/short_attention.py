@@ -1,7 +1,7 @@
 """Causal attention over sequences of a dozen tokens on a CPU, forward and backward.
 
-At such lengths the fused kernels lose: their backward takes most of a training step, and a softmax that takes one row of
-a dozen keys at a time leaves the vector units empty. Here three batched products do the work, and the softmax runs
+At such lengths the fused kernels lose: their backward takes most of a training step, and a softmax that takes one row
+of a dozen keys at a time leaves the vector units empty. Here three batched products do the work, and the softmax runs
 with the keys as the first axis, so that all rows share each vector (15 times faster at 14 keys). Does not know models.
 """
 
@@ -52,7 +52,7 @@ class ShortAttention(torch.autograd.Function):
         d_probs = (
             torch.bmm(v, dz.transpose(1, 2)).transpose(0, 1).to(probs.dtype, memory_format=torch.contiguous_format)
         )
-        d_scores = torch._softmax_backward_data(d_probs, probs, 0, probs.dtype).mul_(ctx.scale)
+        d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, 0, probs.dtype).mul_(ctx.scale)
         d_scores = d_scores.transpose(0, 1).to(qkv.dtype, memory_format=torch.contiguous_format)
         torch.bmm(d_scores, q, out=d_qkv[1])
         d_qkv[0, :, :start] = 0

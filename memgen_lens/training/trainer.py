@@ -88,7 +88,7 @@ def train(
     model = build_model(
         config.model,
         task.tokenizer,
-        n_ctx=task.max_prompt_tokens + task.max_answer_tokens + SPARE_POSITIONS,
+        n_ctx=task.max_training_tokens + SPARE_POSITIONS,
         seed=config.seed,
         device=config.device,
     )

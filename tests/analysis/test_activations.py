@@ -352,5 +352,5 @@ def test_damaged_activations_are_refused_by_name(model, mixed, tmp_path, name, d
 
 def test_a_place_that_cannot_be_written_is_refused(model, mixed, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirectoryError, match="writing .*file"):
+    with pytest.raises(RunDirectoryError, match=r"writing .*file"):
         mg.record(model, mixed, ["post"], out=tmp_path / "file" / "acts")

@@ -184,7 +184,7 @@ def moments_of(mem, gen, sizes, n_permutations=1000):
 def test_scores_do_not_depend_on_the_blocks_they_are_merged_from(data):
     """2,500 pairs cross the chunks in which signs are drawn; far from zero, where naive sums of squares fail."""
     rng = np.random.default_rng(0)
-    mem, gen = rng.normal(size=(2, 2500, 4)) + [0, 1e3, 1e5, 1e6]
+    mem, gen = rng.normal([0, 1e3, 1e5, 1e6], size=(2, 2500, 4))
     mem[:, 0] += 0.1
     cuts = sorted(data.draw(st.sets(st.integers(1, 2499), max_size=6)))
     sizes = np.diff([0, *cuts, 2500]).tolist()

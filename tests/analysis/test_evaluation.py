@@ -9,8 +9,9 @@ import torch
 from scipy.stats import norm
 
 import memgen_lens as mg
-from memgen_lens.analysis.evaluation import CONTROLS, Judge, _control_draws
-from memgen_lens.analysis.steering import Steering, steered_outputs
+from memgen_lens.analysis.evaluation import CONTROLS, Judge, control_draws
+from memgen_lens.analysis.generation import steered_outputs
+from memgen_lens.analysis.steering import Steering
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.types import Behavior
 
@@ -213,7 +214,7 @@ def test_answers_given_leave_as_many_tokens_as_the_longest_needs_with_its_end():
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_change_as_many_neurons_in_each_layer_by_the_same_magnitudes(steer, name):
-    draws = _control_draws(steer, name, 20, np.random.default_rng(0))
+    draws = control_draws(steer, name, 20, np.random.default_rng(0))
     assert len(draws) == 20
     for draw in draws:
         assert draw.setting == steer.setting
@@ -228,21 +229,21 @@ def test_controls_change_as_many_neurons_in_each_layer_by_the_same_magnitudes(st
 
 
 def test_random_neurons_are_drawn_from_the_whole_layer(steer):
-    draws = _control_draws(steer, "random_neurons", 200, np.random.default_rng(0))
+    draws = control_draws(steer, "random_neurons", 200, np.random.default_rng(0))
     share = np.mean([draw.selected for draw in draws], axis=0)
     for layer, drawn in enumerate(share):
         np.testing.assert_allclose(drawn, steer.selected[layer].mean(), atol=0.2)
 
 
 def test_low_correlation_takes_the_neurons_of_each_layer_with_the_smallest_abs_rho(steer):
-    for draw in _control_draws(steer, "low_correlation", 20, np.random.default_rng(0)):
+    for draw in control_draws(steer, "low_correlation", 20, np.random.default_rng(0)):
         for layer, rho in enumerate(np.abs(steer.scores.rho)):
             if draw.selected[layer].any():
                 assert rho[draw.selected[layer]].max() <= rho[~draw.selected[layer]].min()
 
 
 def test_random_signs_are_on_the_selected_neurons(steer):
-    draws = _control_draws(steer, "random_sign", 200, np.random.default_rng(0))
+    draws = control_draws(steer, "random_sign", 200, np.random.default_rng(0))
     for draw in draws:
         np.testing.assert_array_equal(draw.selected, steer.selected)
         np.testing.assert_array_equal(np.abs(draw.shift), np.abs(steer.shift))
@@ -254,7 +255,7 @@ def test_random_signs_are_on_the_selected_neurons(steer):
 def test_control_rates_are_the_mean_over_their_draws(learned, steer, table, toward):
     items, rng = prompts_of(learned.pairs, toward), np.random.default_rng(0)
     for name in CONTROLS:
-        draws = _control_draws(steer, name, 20, rng)
+        draws = control_draws(steer, name, 20, rng)
         outputs = steered_outputs(learned.model, [i.prompt for i in items], draws, toward=toward, max_new_tokens=5)
         shares = [
             np.mean([learned.task.classify(i, o) == toward for i, o in zip(items, row, strict=True)]) for row in outputs
@@ -273,7 +274,7 @@ def test_control_rates_are_the_mean_over_their_draws(learned, steer, table, towa
 def test_the_overlap_of_a_control_is_the_share_of_the_selected_neurons_it_changes_too(steer, table, toward):
     controls, rng = rates(table, toward).controls, np.random.default_rng(0)
     for name in CONTROLS:
-        draws = _control_draws(steer, name, 20, rng)
+        draws = control_draws(steer, name, 20, rng)
         shared = [(draw.selected & steer.selected).sum() / steer.selected.sum() for draw in draws]
         assert controls[name]["overlap"] == pytest.approx(np.mean(shared))
     assert controls["random_sign"]["overlap"] == 1

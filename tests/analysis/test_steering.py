@@ -9,7 +9,8 @@ from transformer_lens import TransformerLensKeyValueCache
 from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
-from memgen_lens.analysis.steering import Steering, steered, steered_outputs
+from memgen_lens.analysis.generation import steered_outputs
+from memgen_lens.analysis.steering import Steering, steered
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import NeuronScores
 
@@ -149,7 +150,6 @@ def test_a_prompt_of_one_token_is_steered_alike_with_and_without_a_cache(positio
     assert outputs[0] != outputs[1]
 
 
-@pytest.mark.xfail(reason="known gap, not yet mended", strict=False)
 def test_a_prompt_of_one_token_is_steered_each_time_it_is_run():
     model = planted.build_model()
     tokens = model.to_tokens("M")

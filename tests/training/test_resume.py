@@ -177,7 +177,6 @@ def test_a_line_of_the_history_that_was_cut_in_the_middle_does_not_stop_a_resume
     assert_same_run(out, uncut)
 
 
-@pytest.mark.xfail(reason="known gap, not yet mended", strict=False)
 @pytest.mark.parametrize("line", ['{"step": 20, "tok', "[]", '{"step": 20}', "\x00"])
 def test_a_damaged_line_before_the_last_one_of_the_history_is_an_error_of_ours(tmp_path, uncut, line):
     out = cut_at(40, uncut, tmp_path / "run")
