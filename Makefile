@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test check lint format demos clean
+.PHONY: quickstart test check lint format demos bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ format: $(VENV)/.installed  ## Format the code and mend what lint can mend.
 
 demos: $(VENV)/.installed  ## Execute the notebooks at full size and keep their outputs.
 	$(BIN)/python demos/execute.py
+
+bench: $(VENV)/.installed  ## Speed and memory beside the peers; writes benchmarks/results.json.
+	$(BIN)/python -m pip install --quiet --no-deps "steering-vectors==0.12.2"  # whose pin on transformers is stale
+	$(BIN)/python -m benchmarks
 
 clean:  ## Remove the environment.
 	rm -rf $(VENV)

@@ -16,9 +16,11 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel, Split
+from memgen_lens.onednn import fast_products
 
 with quiet_imports():
     from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
+    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 
 def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048) -> list[Outcome]:
@@ -140,7 +142,7 @@ def greedy_tokens(
         # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
         extra = {"attention_mask": torch.ones_like(inputs)}
         extra |= {"past_kv_cache": cache} if cache is not None else {}
-        with during(step):
+        with during(step), fast_products():
             logits = model(inputs, **extra)
         new = logits[:, -1].argmax(-1).masked_fill(ended, eos)
         ended |= new == eos
@@ -157,19 +159,48 @@ def prefix_cache(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> 
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
     before = tokens[:, :-1]
     if before.shape[1]:
-        model(before, attention_mask=torch.ones_like(before), past_kv_cache=cache, return_type=None)
+        with fast_products():
+            model(before, attention_mask=torch.ones_like(before), past_kv_cache=cache, return_type=None)
     return cache
 
 
-def repeat_cache(cache: TransformerLensKeyValueCache, copies: int) -> TransformerLensKeyValueCache:
-    """The keys and values of a batch repeated, copy after copy; the cache itself is left as it is."""
+def repeat_cache(cache: TransformerLensKeyValueCache, copies: int, *, room: int) -> TransformerLensKeyValueCache:
+    """The keys and values of a batch repeated, copy after copy; the cache itself is left as it is.
+
+    Args:
+        cache: Keys and values of a batch.
+        copies: How often to repeat them.
+        room: Positions that are going to be added.
+    """
     return TransformerLensKeyValueCache(
-        entries=[
-            type(entry)(entry.past_keys.repeat(copies, 1, 1, 1), entry.past_values.repeat(copies, 1, 1, 1))
-            for entry in cache.entries
-        ],
+        entries=[_RoomyEntry.of(entry, copies, room) for entry in cache.entries],
         previous_attention_mask=cache.previous_attention_mask.repeat(copies, 1),
     )
+
+
+class _RoomyEntry(TransformerLensKeyValueCacheEntry):
+    """Keys and values of one layer with room for what is added, where TransformerLens' own copies all of them anew."""
+
+    @classmethod
+    def of(cls, entry: TransformerLensKeyValueCacheEntry, copies: int, room: int) -> "_RoomyEntry":
+        n = entry.past_keys.shape[1]
+        buffers = []
+        for past in (entry.past_keys, entry.past_values):
+            batch, _, *rest = past.shape
+            buffer = past.new_empty(copies, batch, n + room, *rest)
+            buffer[:, :, :n] = past
+            buffers.append(buffer.flatten(0, 1))
+        made = cls(buffers[0][:, :n], buffers[1][:, :n])
+        made.buffers = buffers
+        return made
+
+    def append(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.past_keys.shape[1]
+        end = n + new_keys.shape[1]
+        for buffer, new in zip(self.buffers, (new_keys, new_values), strict=True):
+            buffer[:, n:end] = new
+        self.past_keys, self.past_values = (buffer[:, :end] for buffer in self.buffers)
+        return self.past_keys, self.past_values
 
 
 def decode(model: LensModel, tokens: Int[Tensor, "batch new"]) -> list[str]:

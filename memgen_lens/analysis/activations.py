@@ -24,6 +24,7 @@ from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
+from memgen_lens.onednn import fast_products
 
 LAYER_SITES = (
     "resid_pre",
@@ -55,7 +56,7 @@ def record(
     pairs: PromptPairs,
     sites: Sequence[str],
     *,
-    batch_size: int = 512,
+    batch_size: int = 256,
     out: str | Path | None = None,
 ) -> Activations:
     """Activations of both prompts of every pair at the answer position.
@@ -205,7 +206,7 @@ def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[s
         kept[hook.name] = activation[:, -1].flatten(1).clone()
 
     behind_norm = any(name.startswith("unembed") for name in hooks)
-    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]):
+    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]), fast_products():
         model(tokens, return_type="logits" if behind_norm else None, stop_at_layer=_stop_layer(model, hooks))
     for name in hooks:
         if name not in kept:

@@ -70,7 +70,7 @@ def attribute_streaming(
     split: PairSplit | None = "select",
     n_permutations: int = 1000,
     seed: int = 0,
-    batch_size: int = 512,
+    batch_size: int = 256,
 ) -> dict[str, NeuronScores]:
     """`attribute`, straight from the model: one pass over the prompts, no activation kept.
 

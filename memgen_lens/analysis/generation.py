@@ -80,7 +80,7 @@ def steered_outputs(
                     tokens.repeat(len(block), 1),
                     max_new_tokens=max_new_tokens,
                     use_cache=use_cache,
-                    prefix=repeat_cache(shared, len(block)) if shared is not None else None,
+                    prefix=repeat_cache(shared, len(block), room=max_new_tokens) if shared is not None else None,
                     during=during([steerings[i] for i in block], index, tokens.shape[1], shared is not None),
                 )
                 texts = iter(decode(model, new))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memgen_lens.onednn import linear
 from memgen_lens.training.short_attention import ShortAttention
 
 ACTIVATIONS = {
@@ -109,10 +110,10 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
         z = _attention(block.attn, _norm(block.ln1, x, cfg), shapes, starts, cfg)
         if last:
             x = _after(x, shapes, starts)
-        x = x + torch.addmm(block.attn.b_O, z, block.attn.W_O.flatten(0, 1))
+        x = x + linear(z, block.attn.W_O.flatten(0, 1), block.attn.b_O)
         x = x + _mlp(block.mlp, _norm(block.ln2, x, cfg), cfg)
     x = _norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
-    return torch.addmm(model.unembed.b_U, x, model.unembed.W_U)
+    return linear(x, model.unembed.W_U, model.unembed.b_U)
 
 
 def labelled_loss(logits: Float[Tensor, "labelled d_vocab"], groups: list[Rows]) -> Float[Tensor, ""]:
@@ -145,8 +146,8 @@ def _mlp(mlp: Any, x: Float[Tensor, "token d_model"], cfg: Any) -> Float[Tensor,
     if cfg.gated_mlp:
         hidden = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in
     else:
-        hidden = act(torch.addmm(mlp.b_in, x, mlp.W_in))
-    return torch.addmm(mlp.b_out, hidden, mlp.W_out)
+        hidden = act(linear(x, mlp.W_in, mlp.b_in))
+    return linear(hidden, mlp.W_out, mlp.b_out)
 
 
 def _attention(
@@ -157,7 +158,7 @@ def _attention(
     # [head, d_model, d_head] -> [d_model, head * d_head], the three side by side
     weight = torch.cat([w.transpose(0, 1).reshape(cfg.d_model, width) for w in (attn.W_Q, attn.W_K, attn.W_V)], 1)
     bias = torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)])
-    qkv = torch.addmm(bias, x, weight)
+    qkv = linear(x, weight, bias)
     outputs = []
     parts = qkv.split([batch * pos for batch, pos in shapes]) if len(shapes) > 1 else [qkv]
     for part, (batch, pos), start in zip(parts, shapes, starts, strict=True):

@@ -1,0 +1,56 @@
+"""``python -m benchmarks [training attribution steering probes startup]``: measure, print the table, write JSON."""
+
+import argparse
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from benchmarks import attribution, probes, startup, steering, training
+from benchmarks.harness import compare, matmul_rates, table, write_results
+from memgen_lens.core.run_directory import processor
+
+ROWS = {"training": training.rows, "attribution": attribution.rows, "steering": steering.rows, "probes": probes.rows}
+
+
+def main() -> None:
+    """Measure the chosen parts."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*ROWS, "startup", []], help="default: all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    chosen = parser.parse_args()
+    parts = chosen.parts or [*ROWS, "startup"]
+    rates = matmul_rates(chosen.threads)
+    print("matrix products:", ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in rates.items()))
+    results, waits = [], []
+    for part in parts:
+        if part == "startup":
+            waits = startup.measure()
+            for wait in waits:
+                print(f"{wait['command']}: {wait['median']:.2f} s [{wait['min']:.2f}, {wait['max']:.2f}]")
+            continue
+        for row in ROWS[part]():
+            results.append(compare(row, threads=chosen.threads, rates=rates))
+            print(table(results[-1:]), f"\nagrees: {results[-1]['agrees']}\n", flush=True)
+    write_results(
+        chosen.out,
+        {
+            "date": str(date.today()),
+            "processor": processor(),
+            "threads": chosen.threads,
+            "versions": {name: version(name) for name in ("memgen-lens", "torch", "transformer-lens", "transformers")}
+            | {"python": platform.python_version()},
+            "matmul_flops_per_second": rates,
+            "rows": results,
+            "startup": waits,
+        },
+    )
+    print(f"written to {chosen.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Products by oneDNN are torch's own, with their gradients; nothing is rerouted outside the block."""
+
+import planted
+import pytest
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+from memgen_lens import onednn
+
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this processor has no AVX-512: torch's own is used")
+
+
+@pytest.mark.parametrize("here", [False, pytest.param(True, marks=needs_onednn)])
+def test_linear_and_its_gradients_are_addmms(monkeypatch, here):
+    monkeypatch.setattr(onednn, "available", lambda: here)
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((50, 24), (24, 40), (40,))
+    ours = [torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    dy = torch.randn(50, 40, generator=draw)
+    out, expected = onednn.linear(*ours), torch.addmm(theirs[2], theirs[0], theirs[1])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    out.backward(dy), expected.backward(dy)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=0)
+
+
+@needs_onednn
+def test_a_models_logits_stay_what_they_are_and_take_another_way(monkeypatch):
+    model, taken = planted.build_model(), []
+    tokens = model.to_tokens("abMcd=")
+    plain = model(tokens)
+    product = onednn._product
+    monkeypatch.setattr(onednn, "_product", lambda *arguments: taken.append(1) or product(*arguments))
+    with onednn.fast_products():
+        fast = model(tokens)
+    assert len(taken) > 5
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", ["double", "gradients", "matrices"])
+def test_what_is_not_a_plain_float32_product_is_left_alone(monkeypatch, kind):
+    monkeypatch.setattr(onednn, "_product", lambda *arguments: pytest.fail("rerouted"))
+    x, weight, bias = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5)
+    if kind == "double":
+        x, weight, bias = x.double(), weight.double(), bias.double()
+    if kind == "gradients":
+        weight.requires_grad_()
+    if kind == "matrices":
+        bias = torch.randn(3, 5)
+    expected = torch.addmm(bias, x, weight)
+    with onednn.fast_products():
+        assert torch.equal(torch.addmm(bias, x, weight), expected)
+        assert kind != "gradients" or torch.addmm(bias, x, weight).requires_grad
+
+
+@needs_onednn
+def test_one_query_over_cached_keys_is_the_product_of_four_axes():
+    q, k = torch.randn(7, 3, 1, 8), torch.randn(7, 5, 3, 8).permute(0, 2, 3, 1)
+    with onednn.fast_products():
+        found = q @ k
+    assert found.shape == (7, 3, 1, 5)
+    torch.testing.assert_close(found, q @ k, atol=1e-5, rtol=0)
+
+
+@needs_onednn
+def test_nothing_is_rerouted_after_an_exception():
+    with pytest.raises(RuntimeError, match="inside"), onednn.fast_products():
+        raise RuntimeError("inside")
+    assert _get_current_function_mode_stack() == []
