@@ -6,6 +6,7 @@ every hook fires. Does not know what the outputs are used for.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -178,8 +179,11 @@ def repeat_cache(cache: TransformerLensKeyValueCache, copies: int, *, room: int)
     )
 
 
+@dataclass
 class _RoomyEntry(TransformerLensKeyValueCacheEntry):
     """Keys and values of one layer with room for what is added, where TransformerLens' own copies all of them anew."""
+
+    buffers: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, entry: TransformerLensKeyValueCacheEntry, copies: int, room: int) -> "_RoomyEntry":
@@ -190,9 +194,7 @@ class _RoomyEntry(TransformerLensKeyValueCacheEntry):
             buffer = past.new_empty(copies, batch, n + room, *rest)
             buffer[:, :, :n] = past
             buffers.append(buffer.flatten(0, 1))
-        made = cls(buffers[0][:, :n], buffers[1][:, :n])
-        made.buffers = buffers
-        return made
+        return cls(buffers[0][:, :n], buffers[1][:, :n], buffers=buffers)
 
     def append(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
         n = self.past_keys.shape[1]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -30,6 +30,10 @@ class RunArguments:
     """The preset's settings, each of which can be changed."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Run directory; made if it is not there."""
+    device: str | None = None
+    """Torch device to train on; short for --train.device."""
+    precision: Literal["float32", "auto"] | None = None
+    """Precision to train with; short for --train.precision."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a run that was cut."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -101,9 +105,11 @@ def _run_preset(preset: str, arguments: list[str]) -> None:
         )
     default = RunArguments(settings=PRESETS[preset], out=tyro.MISSING)
     parsed = _parse(RunArguments, arguments, prog=f"memgen-lens run {preset}", default=default)
+    short = {"device": parsed.device, "precision": parsed.precision}
+    train = parsed.settings.train.but(**{name: value for name, value in short.items() if value is not None})
     from memgen_lens.experiment import run_experiment
 
-    finished = run_experiment(parsed.settings, out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say)
+    finished = run_experiment(parsed.settings.but(train=train), out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say)
     for line in finished.summary():
         print(line)  # noqa: T201
     print(f"report: {finished.report}")  # noqa: T201

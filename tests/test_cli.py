@@ -108,3 +108,29 @@ def test_an_unwritable_directory_is_told_in_one_line(capsys, tmp_path):
 
 def test_a_report_of_a_missing_directory_is_told_in_one_line(capsys, tmp_path):
     assert "no such file" in refused(capsys, "report", str(tmp_path / "nowhere"))
+
+
+def test_device_and_precision_are_short_for_the_trainings_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("memgen_lens.experiment.run_experiment", lambda config, **how: asked.append(config) or _Done())
+    out = ["--out", str(tmp_path / "run")]
+    main(["run", "quickstart", *out])
+    main(["run", "quickstart", *out, "--device", "cuda", "--precision", "float32"])
+    main(["run", "quickstart", *out, "--train.precision", "float32"])
+    plain, both, long = (config.train for config in asked)
+    assert (plain.device, plain.precision) == ("cpu", "auto")
+    assert both == plain.but(device="cuda", precision="float32")
+    assert long == plain.but(precision="float32")
+
+
+class _Done:
+    report = "report.html"
+
+    def summary(self) -> list[str]:
+        return []
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(capsys, tmp_path):
+    error = refused(capsys, "run", "quickstart", "--out", str(tmp_path / "run"), "--device", "abacus")
+    assert "'abacus'" in error and "cpu" in error
+    assert not (tmp_path / "run").exists()
