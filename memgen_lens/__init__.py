@@ -27,17 +27,21 @@ if TYPE_CHECKING:
         record,
         sweep_steering,
     )
+    from memgen_lens.analysis import consistency
     from memgen_lens.behavior import complete, observe
+    from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.experiment import run_experiment
     from memgen_lens.training import load_model, save_model, train
+    from memgen_lens.training_dynamics import dynamics
     from memgen_lens.viz import figures
     from memgen_lens.viz.report import write_report
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Dynamics": "memgen_lens.core.dynamics_records",
     "PromptPairs": "memgen_lens.core.pairs",
     "NeuronScores": "memgen_lens.core.records",
     "Steering": "memgen_lens.analysis",
@@ -46,6 +50,8 @@ _LAZY = {
     "choose_setting": "memgen_lens.analysis",
     "collect_pairs": "memgen_lens.analysis",
     "complete": "memgen_lens.behavior",
+    "consistency": "memgen_lens.analysis",
+    "dynamics": "memgen_lens.training_dynamics",
     "evaluate_steering": "memgen_lens.analysis",
     "figures": "memgen_lens.viz",
     "fit_probes": "memgen_lens.analysis",
@@ -60,9 +66,12 @@ _LAZY = {
     "write_report": "memgen_lens.viz.report",
 }
 
+_MODULES = ("consistency", "figures")
+
 __all__ = [
     "AnalysisConfig",
     "Behavior",
+    "Dynamics",
     "ExperimentConfig",
     "MemgenError",
     "ModelConfig",
@@ -75,6 +84,8 @@ __all__ = [
     "choose_setting",
     "collect_pairs",
     "complete",
+    "consistency",
+    "dynamics",
     "evaluate_steering",
     "figures",
     "fit_probes",
@@ -97,7 +108,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    value = import_module(f"{_LAZY[name]}.{name}") if name == "figures" else getattr(module, name)
+    value = import_module(f"{_LAZY[name]}.{name}") if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

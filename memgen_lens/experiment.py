@@ -25,11 +25,19 @@ from memgen_lens.analysis import (
     sweep_steering,
 )
 from memgen_lens.analysis.activations import site_hooks
+from memgen_lens.analysis.consistency import across_tasks, split_half, task_names
 from memgen_lens.behavior import observe
 from memgen_lens.core.errors import PairsError
-from memgen_lens.core.files import read_json, write_json, write_jsonl
+from memgen_lens.core.files import read_json, with_nulls, write_json, write_jsonl
 from memgen_lens.core.items import Outcome
-from memgen_lens.core.metrics import SCHEMA, attribution_metrics, behavior_metrics, probe_metrics, steering_metrics
+from memgen_lens.core.metrics import (
+    SCHEMA,
+    attribution_metrics,
+    behavior_metrics,
+    consistency_metrics,
+    probe_metrics,
+    steering_metrics,
+)
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
 from memgen_lens.core.run_directory import prepare, processor
@@ -143,10 +151,12 @@ def run_experiment(
     say(f"{pairs.n_flipped} of {pairs.n_items} memorized prompts flip when rephrased: {len(pairs)} pairs")
     scores: dict[str, NeuronScores] = {}
     tables: dict[str, SteeringTable] = {}
+    consistency: dict[str, Any] = {}
     probes, why = None, None
     try:
         scores, probes = _find_and_predict(directory, config, model, pairs, say)
         tables = _steer(directory, config, model, pairs, scores, say)
+        consistency = _compare(directory, config, model, pairs, tables["shift"].setting.site, say)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
         why = str(error)
@@ -165,6 +175,7 @@ def run_experiment(
         "attribution": {site: attribution_metrics(score) for site, score in scores.items()} or {"why": why},
         "probe": probe_metrics(probes) if probes else {"why": why},
         "steering": steering_metrics(tables) if tables else {"why": why},
+        "consistency": consistency or {"why": why},
         "timing_s": {
             "train": round(trained - started, 3),
             "analysis": round(finished - trained, 3),
@@ -249,6 +260,37 @@ def _steer(
     )
     write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
     return tables
+
+
+def _compare(
+    directory: Path, config: ExperimentConfig, model: Any, pairs: PromptPairs, site: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compare the neurons of two halves of the pairs and, in a mixture, of its tasks; save both."""
+    analysis = config.analysis
+    say("comparing halves of the pairs" + (" and tasks" if len(task_names(pairs)) > 1 else ""))
+    try:
+        halves = split_half(record(model, pairs, [site], batch_size=analysis.batch_size), site, seed=config.seed)
+    except PairsError as error:
+        return {"why": str(error)}
+    tasks, why = None, None
+    if len(task_names(pairs)) > 1:
+        try:
+            tasks = across_tasks(
+                model,
+                config.task,
+                pairs,
+                site,
+                top_fractions=analysis.top_fractions,
+                alphas=analysis.alphas,
+                positions=analysis.positions,
+                seed=config.seed,
+                batch_size=analysis.batch_size,
+            )
+        except PairsError as error:
+            why = str(error)
+    compared = {"split_half": halves, "across_tasks": tasks or ({"why": why} if why else None)}
+    write_json(directory / "consistency.json", with_nulls(compared))
+    return consistency_metrics(halves, tasks, why)
 
 
 def _require_possible(config: ExperimentConfig) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from jaxtyping import install_import_hook
 
 with install_import_hook("memgen_lens", "beartype.beartype"):
-    for name in ("experiment", "viz.report"):
+    for name in ("experiment", "training_dynamics", "viz.report"):
         import_module(f"memgen_lens.{name}")
 
 import helpers

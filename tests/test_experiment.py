@@ -6,9 +6,12 @@ import sys
 
 import helpers
 import numpy as np
+import planted_tasks
 import pytest
 
 import memgen_lens as mg
+from memgen_lens import experiment as experiment_module
+from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import read_json, read_jsonl
 from memgen_lens.core.records import NeuronScores
@@ -47,6 +50,7 @@ def test_a_run_directory_holds_what_the_design_names(finished):
         "scores",
         "probes.json",
         "steering.json",
+        "consistency.json",
         "metrics.json",
         "report.html",
     }
@@ -68,6 +72,7 @@ def test_metrics_have_the_names_and_ranges_of_the_design(finished):
         "attribution",
         "probe",
         "steering",
+        "consistency",
         "timing_s",
     }
     assert metrics["schema"] == 1 and metrics["preset"] == "small" and metrics["seed"] == 0
@@ -100,6 +105,10 @@ def test_metrics_have_the_names_and_ranges_of_the_design(finished):
         assert steering[way]["controls"]["random_neurons"]["n_draws"] == 20
     assert_is_rate(steering["side_effects"]["heldout_generalization_steered"])
     assert steering["side_effects"]["kl_nats"] >= 0
+    halves = metrics["consistency"]["split_half"]
+    assert halves["site"] == steering["chosen"]["site"] and halves["n_pairs"] == pairs["n"]
+    assert halves["overlap"]["mean"] > halves["null_overlap"]["mean"]
+    assert_is_rate(halves["expected_overlap"])
     assert metrics["timing_s"]["total"] >= metrics["timing_s"]["train"] > 0
 
 
@@ -167,11 +176,42 @@ def test_a_model_that_does_not_flip_gives_a_report_that_says_why(tmp_path):
     barely = CONFIG.but(train=CONFIG.train.but(max_steps=2))
     experiment = mg.run_experiment(barely, out=tmp_path / "barely", progress=False)
     metrics = read_json(tmp_path / "barely" / "metrics.json")
-    for block in ("attribution", "probe", "steering"):
+    for block in ("attribution", "probe", "steering", "consistency"):
         assert "0 of 80 items flip" in metrics[block]["why"]
     assert metrics["behavior"]["flip_rate"] == 0
     assert experiment.scores == {} and experiment.probes is None
     assert "0 of 80 items flip" in (tmp_path / "barely" / "report.html").read_text()
+
+
+def test_the_tasks_of_a_mixture_are_compared_and_saved(tmp_path):
+    config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
+    model, pairs = planted_tasks.build_model(shared=True), planted_tasks.prompt_pairs()
+    said = []
+    metrics = experiment_module._compare(tmp_path, config, model, pairs, "post", said.append)
+    assert said == ["comparing halves of the pairs and tasks"]
+    across = metrics["across_tasks"]
+    assert across["tasks"] == ("a", "b") or across["tasks"] == ["a", "b"]
+    assert across["to_generalization"]["value"] == [[1, 1], [1, 1]] and across["to_generalization"]["n"][0] == [24, 24]
+    written = read_json(tmp_path / "consistency.json")
+    saved = TaskConsistency.from_json(written["across_tasks"])
+    assert saved.overlap.value.tolist() == across["overlap"]["value"]
+    assert SplitHalf.from_json(written["split_half"]).n_pairs == len(pairs)
+
+
+def test_tasks_that_cannot_be_compared_leave_the_reason(tmp_path):
+    pairs = planted_tasks.prompt_pairs()
+    few = pairs.take(np.arange(65))  # five of the second task
+    model = planted_tasks.build_model(shared=True)
+    config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
+    metrics = experiment_module._compare(tmp_path, config, model, few, "post", lambda line: None)
+    assert "expected at least two tasks" in metrics["across_tasks"]["why"]
+    assert read_json(tmp_path / "consistency.json")["across_tasks"] == metrics["across_tasks"]
+    assert (
+        "at least 16 items"
+        in experiment_module._compare(tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None)[
+            "why"
+        ]
+    )
 
 
 def test_force_removes_the_former_run_and_leaves_other_files(tmp_path):

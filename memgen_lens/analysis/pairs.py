@@ -3,6 +3,7 @@
 Does not know activations.
 """
 
+from collections import Counter
 from typing import Any
 
 from memgen_lens.behavior import observe, observe_items
@@ -48,4 +49,5 @@ def collect_pairs(
         split=split_items(keys, shares=shares, seed=seed),
         n_items=len(asked),
         n_flipped=len(set(keys)),
+        n_items_by_task=Counter(outcome.item.task for outcome in asked),
     )

@@ -115,20 +115,40 @@ def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarra
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, labels)
 
 
-def _fit(data: _Data, rows: Float[np.ndarray, "row feature"], train: np.ndarray | None = None) -> Pipeline:
-    train = data.train if train is None else train
-    return fit_probe(rows[train], data.labels[train])
+def score_probe(
+    probe: Pipeline,
+    features: Float[np.ndarray, "row feature"],
+    labels: Bool[np.ndarray, " row"],
+    items: Int[np.ndarray, " row"],
+    *,
+    seed: int,
+) -> ProbeScores:
+    """How well a fitted probe tells rows it was not fitted on, with intervals resampled by item.
 
-
-def _test(data: _Data, probe: Pipeline, rows: np.ndarray, seed: int) -> ProbeScores:
-    decision, labels = probe.decision_function(rows[data.test]), data.labels[data.test]
-    intervals = bootstrap_auroc_and_accuracy(labels, decision, data.items[data.test], seed=seed)
+    Args:
+        probe: What `fit_probe` returned.
+        features: One row a prompt.
+        labels: True for memorization; both classes occur.
+        items: Item of each row.
+        seed: Seed of the bootstrap.
+    """
+    decision = probe.decision_function(features)
+    intervals = bootstrap_auroc_and_accuracy(labels, decision, items, seed=seed)
     return ProbeScores(
         auroc=auroc(labels, decision),
         auroc_ci95=intervals["auroc"],
         accuracy=float(((decision > 0) == labels).mean()),
         accuracy_ci95=intervals["accuracy"],
     )
+
+
+def _fit(data: _Data, rows: Float[np.ndarray, "row feature"], train: np.ndarray | None = None) -> Pipeline:
+    train = data.train if train is None else train
+    return fit_probe(rows[train], data.labels[train])
+
+
+def _test(data: _Data, probe: Pipeline, rows: np.ndarray, seed: int) -> ProbeScores:
+    return score_probe(probe, rows[data.test], data.labels[data.test], data.items[data.test], seed=seed)
 
 
 def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:

@@ -165,7 +165,7 @@ def steering_hooks(
     pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
     prompt_length: int | None = None,
     where: slice | None = None,
-) -> list[tuple[str, Callable[..., Tensor]]]:
+) -> list[tuple[Any, Callable[..., Any]]]:
     """Hooks for several steerings of one site and mode at once, which ride in the batch dimension.
 
     Args:

@@ -34,6 +34,22 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
+def with_nulls(value: Any) -> Any:
+    """Records and arrays as plain dicts and lists in which NaN is None: figures that could not be computed."""
+    if isinstance(value, np.ndarray | np.generic):
+        plain = np.asarray(value)
+        if plain.dtype.kind != "f":
+            return plain.tolist()
+        holes = plain.astype(object)
+        holes[np.isnan(plain)] = None
+        return holes.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: with_nulls(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: with_nulls(entry) for name, entry in value.items()}
+    return [with_nulls(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it into place.
 

@@ -6,6 +6,8 @@ Does not compute figures: it names those that the stages have computed.
 from collections.abc import Sequence
 from typing import Any
 
+from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
+from memgen_lens.core.files import with_nulls
 from memgen_lens.core.items import Outcome
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
@@ -85,6 +87,24 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
         }
 
     return {**one(tables["shift"]), "patch": one(tables["patch"])}
+
+
+def consistency_metrics(halves: SplitHalf, tasks: TaskConsistency | None, why: str | None = None) -> dict[str, Any]:
+    """Agreement of two halves of the pairs and, for a mixture, of its tasks: matrices ``[source, target]``.
+
+    ``why`` says why there are no matrices where there should be.
+    """
+    if tasks is None:
+        return {"split_half": halves.summary()} | ({"across_tasks": {"why": why}} if why else {})
+    figures = {
+        "overlap": tasks.overlap,
+        "rank_correlation": tasks.rank_correlation,
+        "probe_auroc": tasks.probe,
+        **{name: tasks.steering[name] for name in ("to_generalization", "memorized_form", "exact_recall")},
+    }
+    across = {name: {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for name, m in figures.items()}
+    names = {"site": tasks.site, "tasks": tasks.tasks, "left_out": tasks.left_out}
+    return {"split_half": halves.summary(), "across_tasks": with_nulls(names | across)}
 
 
 def _rates(rates: SteeringRates) -> dict[str, Any]:

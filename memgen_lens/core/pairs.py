@@ -3,14 +3,14 @@
 Does not know how they were found: see `memgen_lens.analysis.pairs`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from memgen_lens.core.errors import PairsError
+from memgen_lens.core.errors import PairsError, suggest
 from memgen_lens.core.items import Item
 
 PairSplit = Literal["select", "tune", "test"]
@@ -28,6 +28,7 @@ class PromptPairs:
         split: ``"select"``, ``"tune"`` or ``"test"`` of each pair; all pairs of one item share a split.
         n_items: Items that were asked, flipping or not.
         n_flipped: Items with at least one pair; ``n_flipped / n_items`` is the flip rate.
+        n_items_by_task: Items that were asked of each task; empty where that is not known.
     """
 
     memorized: tuple[Item, ...]
@@ -35,6 +36,7 @@ class PromptPairs:
     split: Shaped[np.ndarray, " pair"]
     n_items: int
     n_flipped: int
+    n_items_by_task: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.memorized)
@@ -149,6 +151,25 @@ class PromptPairs:
             generalized=tuple(self.generalized[i] for i in index),
             split=self.split[index],
         )
+
+    def of_task(self, name: str) -> "PromptPairs":
+        """The pairs of one task of a mixture, in their splits, with the numbers of items of that task.
+
+        Raises:
+            PairsError: No item of that task was asked.
+        """
+        asked = self.n_items_by_task or {item.task: 0 for item in self.memorized}
+        if name not in asked:
+            raise PairsError(
+                "PromptPairs.of_task",
+                expected="a task whose items were asked",
+                received=repr(name),
+                fix=suggest(name, asked),
+            )
+        mine = self.take(np.flatnonzero([item.task == name for item in self.memorized]))
+        n_flipped = len(set(mine.item.tolist()))
+        n_items = self.n_items_by_task.get(name, n_flipped)
+        return replace(mine, n_items=n_items, n_flipped=n_flipped, n_items_by_task={name: n_items})
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat line a pair, for ``pairs.jsonl``."""

@@ -52,6 +52,10 @@ class SiteActivations:
     memorized: Float[np.ndarray, "pair layer neuron"]
     generalized: Float[np.ndarray, "pair layer neuron"]
 
+    def take(self, index: Int[np.ndarray, " index"]) -> "SiteActivations":
+        """The pairs at ``index``, in that order."""
+        return SiteActivations(self.memorized[index], self.generalized[index])
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -84,6 +88,21 @@ class Activations:
                 fix=f"{suggest(name, self.sites)} Or record it: record(model, pairs, sites=[{name!r}]).",
             )
         return self.sites[name]
+
+    def of_task(self, name: str) -> "Activations":
+        """The activations of one task of a mixture; the scores and probes made of them are that task's.
+
+        Raises:
+            PairsError: No item of that task was asked.
+        """
+        pairs = self.pairs.of_task(name)
+        mine = np.flatnonzero([item.task == name for item in self.pairs.memorized])
+        return Activations(
+            sites={site: acts.take(mine) for site, acts in self.sites.items()},
+            pairs=pairs,
+            embedding=self.embedding.take(mine),
+            tokens=self.tokens[np.concatenate([mine, mine + len(self.pairs)])],
+        )
 
 
 @dataclass(frozen=True)

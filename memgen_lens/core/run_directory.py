@@ -16,6 +16,8 @@ OWN_FILES = (
     "pairs.jsonl",
     "probes.json",
     "steering.json",
+    "consistency.json",
+    "dynamics.json",
     "metrics.json",
     "report.html",
     "history.jsonl",

@@ -1,6 +1,6 @@
 """Intervals, resampling and false discovery rate: thin over scipy and scikit-learn.
 
-Does not know what is counted; `Rate` is the only record here.
+Does not know what is counted; `Rate` and `Overlap` are the only records here.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, false_discovery_control
+from scipy.stats import binomtest, false_discovery_control, hypergeom
 from sklearn.metrics import roc_auc_score
 
 
@@ -98,3 +98,75 @@ def bootstrap_auroc_and_accuracy(
 def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much two sets of neurons share, beside what two random sets of their sizes would.
+
+    Attributes:
+        n: Neurons to choose from.
+        shared: Neurons in both sets.
+        share: ``shared`` / the smaller set's size, in [0, 1].
+        expected: Mean of ``share`` over sets of these sizes drawn from all neurons: ``size_a * size_b / n`` shared.
+        p: Probability of sharing at least as many then (hypergeometric), in [0, 1].
+        expected_within_layers: Mean of ``share`` over sets drawn anew inside each layer, as many of each as they have.
+            Where both sets crowd into one layer, they share more than ``expected`` for that reason alone.
+        p_within_layers: Probability of sharing at least as many then (a sum of independent hypergeometrics).
+    """
+
+    n: int
+    shared: int
+    share: float
+    expected: float
+    p: float
+    expected_within_layers: float
+    p_within_layers: float
+
+
+def overlap(
+    a: Bool[np.ndarray, "layer neuron"],
+    b: Bool[np.ndarray, "layer neuron"],
+    *,
+    among: Bool[np.ndarray, "layer neuron"] | None = None,
+) -> Overlap:
+    """The overlap of two sets of neurons, each at least one neuron large.
+
+    Args:
+        a: One set.
+        b: The other.
+        among: Neurons that could be chosen at all; default: all of them.
+    """
+    among = np.ones_like(a) if among is None else among
+    a, b = a & among, b & among
+    n, smaller, shared = int(among.sum()), int(min(a.sum(), b.sum())), int((a & b).sum())
+    assert smaller > 0, "an overlap needs two sets"
+    layers = list(zip(among.sum(1).tolist(), a.sum(1).tolist(), b.sum(1).tolist(), strict=True))
+    of_sum = np.ones(1)
+    for size, in_a, in_b in layers:
+        of_sum = np.convolve(of_sum, hypergeom.pmf(np.arange(min(in_a, in_b) + 1), size, in_a, in_b))
+    return Overlap(
+        n=n,
+        shared=shared,
+        share=shared / smaller,
+        expected=float(a.sum()) * float(b.sum()) / n / smaller,
+        p=float(hypergeom.sf(shared - 1, n, a.sum(), b.sum())),
+        expected_within_layers=sum(in_a * in_b / max(size, 1) for size, in_a, in_b in layers) / smaller,
+        p_within_layers=float(min(of_sum[shared:].sum(), 1.0)),
+    )
+
+
+def row_correlation(
+    a: Float[np.ndarray, "row column"], b: Float[np.ndarray, "row column"]
+) -> Float[np.ndarray, " row"]:
+    """Pearson correlation of each row of ``a`` with that of ``b``, in [-1, 1]; NaN where either is constant."""
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    scale = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
+    return np.where(scale > 0, (a * b).sum(1) / np.where(scale > 0, scale, 1), np.nan)
+
+
+def largest(values: Float[np.ndarray, "row column"], count: int) -> Bool[np.ndarray, "row column"]:
+    """The ``count`` entries of each row with the largest absolute value; of equal ones the first."""
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argsort(-np.abs(values), axis=1, kind="stable")[:, :count], True, axis=1)
+    return chosen

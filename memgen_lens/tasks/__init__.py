@@ -3,7 +3,23 @@
 Does not know models: a task makes prompts and judges outputs.
 """
 
+from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.tasks.addition import Addition
+from memgen_lens.tasks.check import CheckReport, check
+from memgen_lens.tasks.ciphertext import Ciphertext
+from memgen_lens.tasks.inference import InContextInference
+from memgen_lens.tasks.mixture import Mixture
 from memgen_lens.tasks.task import AnyTask, Task
 
-__all__ = ["Addition", "AnyTask", "Task"]
+__all__ = [
+    "Addition",
+    "AnyTask",
+    "CheckReport",
+    "Ciphertext",
+    "InContextInference",
+    "Item",
+    "Mixture",
+    "Task",
+    "TrainingText",
+    "check",
+]

@@ -29,8 +29,22 @@ SPLITS: tuple[Split, ...] = ("memorized", "rephrased", "heldout", "validation")
 class Task(Settings):
     """A designed task: settings and seed in, prompts with two answers out.
 
-    A training sequence is ``prompt + answer + EOS``. Prompts of the splits ``heldout``, ``validation`` and
-    ``rephrased`` are never trained on, nor are their rephrasings; no prompt is in two splits.
+    A task of one's own subclasses this, declares its settings as fields, and fills in the abstract members; that makes
+    it a setting of `train` and `run_experiment`, saved and read back like ours. `memgen_lens.tasks.check` asks for:
+
+    - *Settings decide.* The same settings make the same items, and one generator the same draws; a setting named
+      ``seed``, if there is one, makes others.
+    - *Two answers.* A memorized item has a memorized answer, never the rule's; its rephrasings have both answers too.
+      Held-out, validation and generic items have the rule's alone (``memorized_answer=None``).
+    - *Rephrasings* have another prompt and ``split="rephrased"``, and keep answers, key and task name. Every memorized
+      item has one at least. What `rephrase` is given may be an item of any split, a rephrasing included.
+    - *Splits share nothing.* No prompt or rephrasing of one is asked by another item of ``memorized``, ``heldout`` or
+      ``validation``. A key names an item: only its rephrasings share it, and no cross-validation parts them.
+    - *Nothing is trained on but* the memorized prompts with their memorized answers, and what `draw_training` draws,
+      which holds no prompt of a split nor a rephrasing of one. A sequence is ``prompt + answer + EOS``.
+    - *Tokens.* Every text is made of tokens of the vocabulary; an answer behind a prompt keeps its tokens, and the last
+      prompt token is where the answer is decided. Lengths stay within those declared.
+    - *Classes.* Every output is exactly one `Behavior`, by exact match with the item's own answers.
     """
 
     @classmethod
@@ -39,10 +53,21 @@ class Task(Settings):
         super().__pydantic_init_subclass__(**kwargs)
         _KINDS[cls.__name__] = cls
 
+    def __eq__(self, other: object) -> bool:
+        """Whether kind and settings are the same, whatever has been made of them so far."""
+        return type(self) is type(other) and all(
+            getattr(self, name) == getattr(other, name) for name in type(self).model_fields
+        )
+
     @property
     @abstractmethod
     def name(self) -> str:
         """Short name of the task."""
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names that its items carry: its own, or those of the tasks that it is made of."""
+        return (self.name,)
 
     @property
     @abstractmethod
@@ -58,6 +83,11 @@ class Task(Settings):
     @abstractmethod
     def max_answer_tokens(self) -> int:
         """Tokens of the longest answer, its end-of-text token counted."""
+
+    @property
+    def max_training_tokens(self) -> int:
+        """Tokens of the longest training sequence; by default the longest prompt and the longest answer."""
+        return self.max_prompt_tokens + self.max_answer_tokens
 
     @cached_property
     @abstractmethod

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
+from memgen_lens.core.dynamics_records import FILE as DYNAMICS
+from memgen_lens.core.dynamics_records import Dynamics
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl
 from memgen_lens.core.items import Item, Outcome
@@ -45,7 +48,11 @@ class RunContents:
         sweep: Steering settings tried on ``tune``: for all layers, then the chosen one layer by layer.
         shift: Steering by shifting on ``test``, or None.
         patch: Steering by patching on ``test``, or None.
-        why: By stage (``attribution``, ``probe``, ``steering``, ``shift``, ``patch``), why it has no figures.
+        halves: Agreement of two halves of the pairs, or None.
+        tasks: The tasks of a mixture compared, or None.
+        dynamics: Measurements over the checkpoints, where somebody has made them.
+        why: By stage (``attribution``, ``probe``, ``steering``, ``shift``, ``patch``, ``consistency``,
+            ``across_tasks``), why it has no figures.
     """
 
     directory: Path
@@ -59,6 +66,9 @@ class RunContents:
     sweep: tuple[SweepRow, ...]
     shift: SteeringTable | None
     patch: SteeringTable | None
+    halves: SplitHalf | None
+    tasks: TaskConsistency | None
+    dynamics: Dynamics | None
     why: dict[str, str]
 
 
@@ -85,11 +95,17 @@ def read_run(directory: str | Path) -> RunContents:
     absent = {"why": why["steering"]} if why["steering"] else None
     tables = {mode: steering.get(mode) or absent for mode in ("shift", "patch")}
     why |= {mode: _why(table) for mode, table in tables.items()}
+    measured = metrics.get("consistency") or {}  # a run of an earlier version has none, and nothing to explain
+    why |= {"consistency": str(measured.get("why") or "")}
+    compared = _read(directory / "consistency.json", read_json, dict) if "split_half" in measured else {}
+    tasks = compared.get("across_tasks")
+    why |= {"across_tasks": str((tasks or {}).get("why") or "")}
     pairs = _optional(directory / "pairs.jsonl", why["attribution"], read_jsonl, _each(dict)) or ()
     counted = (metrics.get("pairs") or {}).get("n")
     if counted is not None and counted != len(pairs):
         raise damaged(directory / "pairs.jsonl", f"{len(pairs)} pairs where metrics.json counts {counted}")
     path = directory / "steering.json"
+    beside = directory / "consistency.json"
     return RunContents(
         directory=directory,
         config=_read(directory / "config.json", read_json, dict),
@@ -102,6 +118,9 @@ def read_run(directory: str | Path) -> RunContents:
         sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
         shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
         patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
+        halves=_rebuild(beside, SplitHalf.from_json, compared["split_half"]) if compared else None,
+        tasks=_rebuild(beside, TaskConsistency.from_json, tasks) if tasks and not why["across_tasks"] else None,
+        dynamics=Dynamics.load(directory) if (directory / DYNAMICS).exists() else None,
         why={name: text for name, text in why.items() if text},
     )
 

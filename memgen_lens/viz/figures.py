@@ -19,6 +19,14 @@ from memgen_lens.core.items import Outcome
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
+from memgen_lens.viz.consistency_figures import (
+    probe_transfer,
+    seed_profiles,
+    split_half,
+    steering_transfer,
+    task_overlap,
+)
+from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
@@ -35,13 +43,19 @@ from memgen_lens.viz.theme import (
 
 __all__ = [
     "behavior_bars",
+    "dynamics",
     "learning_curve",
     "nmd_heatmap",
     "probe_by_layer",
+    "probe_transfer",
     "rho_by_layer",
+    "seed_profiles",
+    "split_half",
     "steering_by_layer",
     "steering_rates",
     "steering_sweep",
+    "steering_transfer",
+    "task_overlap",
     "training_curves",
 ]
 

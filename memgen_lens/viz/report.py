@@ -63,6 +63,7 @@ def render(run: RunContents) -> str:
         long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
         sites=[_site(scores) for scores in run.scores],
         tables=tables,
+        halves=run.halves.summary() if run.halves is not None else None,
         steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
         sweep_rows=_best_rows(run),
         settings=_settings(run.config),
@@ -118,6 +119,14 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
     restricted = [row for row in run.sweep if row.layers is not None]
     if restricted:
         yield "layers", figures.steering_by_layer(restricted)
+    if run.dynamics is not None:
+        yield "dynamics", figures.dynamics(run.dynamics)
+    if run.halves is not None:
+        yield "halves", figures.split_half(run.halves)
+    if run.tasks is not None:
+        yield "overlap", figures.task_overlap(run.tasks)
+        yield "probe-transfer", figures.probe_transfer(run.tasks)
+        yield "steering-transfer", figures.steering_transfer(run.tasks)
 
 
 def _chosen(run: RunContents) -> Any:
