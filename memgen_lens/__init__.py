@@ -21,13 +21,13 @@ if TYPE_CHECKING:
         attribute_streaming,
         choose_setting,
         collect_pairs,
+        consistency,
         evaluate_steering,
         fit_probes,
         load_activations,
         record,
         sweep_steering,
     )
-    from memgen_lens.analysis import consistency
     from memgen_lens.behavior import complete, observe
     from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs

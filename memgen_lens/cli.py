@@ -109,7 +109,9 @@ def _run_preset(preset: str, arguments: list[str]) -> None:
     train = parsed.settings.train.but(**{name: value for name, value in short.items() if value is not None})
     from memgen_lens.experiment import run_experiment
 
-    finished = run_experiment(parsed.settings.but(train=train), out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say)
+    finished = run_experiment(
+        parsed.settings.but(train=train), out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say
+    )
     for line in finished.summary():
         print(line)  # noqa: T201
     print(f"report: {finished.report}")  # noqa: T201

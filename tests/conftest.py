@@ -22,6 +22,6 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def trained():
-    """A small model that both recalls and computes, trained once for all tests: a `TrainingRun`."""
-    return helpers.train_small()
+def trained(tmp_path_factory):
+    """A small model that both recalls and computes, trained once for all tests: a `TrainingRun` with checkpoints."""
+    return helpers.train_small(out=tmp_path_factory.mktemp("trained") / "run")

@@ -17,6 +17,7 @@ SMALL_TRAINING = mg.TrainConfig(
     max_steps=500,
     batch_size=192,
     learning_rate=3e-3,
+    checkpoint_every=100,
     target_generalization=0.9,
     target_memorization=0.95,
 )

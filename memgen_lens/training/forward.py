@@ -143,10 +143,8 @@ def _norm(norm: Any, x: Float[Tensor, "token d"], cfg: Any) -> Float[Tensor, "to
 
 def _mlp(mlp: Any, x: Float[Tensor, "token d_model"], cfg: Any) -> Float[Tensor, "token d_model"]:
     act = ACTIVATIONS[cfg.act_fn]
-    if cfg.gated_mlp:
-        hidden = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in
-    else:
-        hidden = act(linear(x, mlp.W_in, mlp.b_in))
+    gated = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in if cfg.gated_mlp else None
+    hidden = act(linear(x, mlp.W_in, mlp.b_in)) if gated is None else gated
     return linear(hidden, mlp.W_out, mlp.b_out)
 
 

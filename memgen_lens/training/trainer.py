@@ -146,7 +146,7 @@ def _loop(
         for groups in Batches(task, config).from_step(step, config.max_steps):
             losses.append(_step(forward, optimizer, groups, step, config))
             step, loss_steps = step + 1, loss_steps + 1
-            tokens += _count_tokens(groups)
+            tokens += _count_tokens(groups, task.tokenizer.pad_token_id)
             bar.update()
             if step % config.eval_every == 0 or step == config.max_steps:
                 loss = float(torch.stack([x.double() for x in losses]).sum()) / loss_steps
@@ -268,11 +268,10 @@ def _require_finite(loss: float, step: int, config: TrainConfig) -> None:
         )
 
 
-def _count_tokens(groups: list[Rows]) -> int:
+def _count_tokens(groups: list[Rows], pad: int) -> int:
     """Sequence tokens of a batch, the last of each counted, padding not."""
-    return sum(int((rows.labels != -100).sum()) + rows.start * len(rows.tokens) for rows in groups) + sum(
-        len(rows.tokens) for rows in groups
-    )
+    # The last token of the longest sequences is a label alone.
+    return sum(int((rows.tokens != pad).sum()) + int((rows.labels[:, -1] != -100).sum()) for rows in groups)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_each_layer_scores_what_a_pipeline_run_by_hand_scores(learned):
         features, labels, _ = rows_of(learned.acts, "post", layer, ["select", "tune"])
         unseen, expected, _ = rows_of(learned.acts, "post", layer, ["test"])
         fitted = pipeline().fit(features, labels)
-        assert scores.auroc == pytest.approx(roc_auc_score(expected, fitted.predict_proba(unseen)[:, 1]), abs=1e-9)
+        assert scores.auroc == pytest.approx(roc_auc_score(expected, fitted.decision_function(unseen)), abs=1e-9)
         assert scores.accuracy == pytest.approx(fitted.score(unseen, expected))
         np.testing.assert_allclose(report.probes[layer][-1].coef_, fitted[-1].coef_, atol=1e-6)
     assert (report.n_train, report.n_test) == (len(features) // 2, len(unseen) // 2)

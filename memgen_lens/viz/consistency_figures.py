@@ -1,0 +1,280 @@
+"""Figures of consistency: over halves of the pairs, training seeds, and the tasks of a mixture.
+
+Public through `memgen_lens.viz.figures`. Does not compute: values are drawn as recorded.
+"""
+
+from collections.abc import Sequence
+from html import escape
+from textwrap import shorten, wrap
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+
+from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
+from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, SITE_COLORS, layer_axis, sequential, themed
+
+STEERING_PANELS = (
+    ("to_generalization", "to_generalization_other", "towards generalization: the rule's answer", "generalization"),
+    ("memorized_form", "to_memorization_other", "towards memorization: memorized form", "memorization"),
+    ("exact_recall", "to_memorization_other", "towards memorization: exact recall", "memorization"),
+)
+
+
+def split_half(result: SplitHalf) -> go.Figure:
+    """How far two halves of the pairs find the same neurons, every split a point, beside swapped labels.
+
+    Above, the rank correlation of all neurons' rho; below, the share of the top neurons that both halves have in
+    common, with a dotted line where the hypergeometric would put random sets. See
+    `memgen_lens.analysis.consistency.split_half`.
+
+    Args:
+        result: Halvings of one site's pairs.
+    """
+    titles = [
+        "rank correlation of rho between the halves (Spearman)",
+        f"share of the top {result.n_top} neurons found by both halves",
+    ]
+    figure = make_subplots(rows=2, cols=1, vertical_spacing=0.26, subplot_titles=titles)
+    figure.update_annotations(x=0, xanchor="left", font_size=13)
+    rows = (
+        (1, "as they are", result.spearman, SITE_COLORS[0]),
+        (1, "labels swapped", result.null_spearman, MUTED),
+        (2, "as they are", result.overlap, SITE_COLORS[0]),
+        (2, "labels swapped", result.null_overlap, MUTED),
+    )
+    for row, name, values, color in rows:
+        there = values[~np.isnan(values)]
+        figure.add_box(
+            x=there.tolist(),
+            y=[name] * len(there),
+            orientation="h",
+            name=name,
+            legendgroup=name,
+            showlegend=False,
+            boxpoints="all",
+            jitter=0.5,
+            pointpos=0,
+            whiskerwidth=0,
+            line={"color": color, "width": 1.5},
+            marker={"color": color, "size": 4, "opacity": 0.45},
+            fillcolor="rgba(0,0,0,0)",
+            hovertemplate=f"{name}: %{{x:.3f}}<extra></extra>",
+            row=row,
+            col=1,
+        )
+    figure.add_vline(
+        x=result.expected_overlap,
+        line={"color": INK, "dash": "dot", "width": 1.5},
+        annotation_text="random sets",
+        annotation_position="top right",
+        annotation_font={"color": MUTED, "size": 12},
+        row=2,  # pyright: ignore
+        col=1,  # pyright: ignore
+    )
+    figure.update_yaxes(autorange="reversed", ticks="", showline=False)
+    low = min(-0.02, float(np.nanmin([*result.null_spearman, *result.spearman])) - 0.05)
+    figure.update_xaxes(range=[low, 1.02], row=1, col=1)
+    figure.update_xaxes(title_text=f"over {len(result.spearman)} random halvings", **SHARE_AXIS, row=2, col=1)
+    title = f"Split half: {escape(result.site)} ({result.n_pairs} pairs)"
+    return themed(figure, title, height=390)
+
+
+def seed_profiles(result: SeedConsistency) -> go.Figure:
+    """Where separately trained models keep their top neurons and their largest abs(rho), a line a model.
+
+    Neurons of separate trainings have no common index; only profiles over layers can be compared.
+
+    Args:
+        result: Profiles of at least two models.
+    """
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        horizontal_spacing=0.12,
+        subplot_titles=[f"share of the top {100 * result.top_fraction:g} %", "largest abs(rho)"],
+    )
+    figure.update_annotations(font_size=13)
+    for number, seed in enumerate(result.seeds):
+        for column, values in ((1, result.top_share), (2, result.max_abs_rho)):
+            figure.add_scatter(
+                x=list(range(values.shape[1])),
+                y=values[number].tolist(),
+                name=f"seed {escape(seed)}",
+                legendgroup=seed,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line={"color": SITE_COLORS[number % len(SITE_COLORS)]},
+                hovertemplate=f"seed {escape(seed)}, layer %{{x}}: %{{y:.3f}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+    layer_axis(figure.update_xaxes, result.top_share.shape[1])
+    figure.update_yaxes(range=[-0.02, 1.02])
+    figure.update_yaxes(tickformat=".0%", row=1, col=1)
+    return themed(figure, f"Layers across seeds: {escape(result.site)}", height=380)
+
+
+def task_overlap(result: TaskConsistency) -> go.Figure:
+    """How far two tasks have the same neurons: overlap of their top sets, and rank correlation of rho.
+
+    Rows are ranked on the source's ``select`` pairs, columns on the target's ``test`` pairs; the diagonal is one task
+    on two sets of items. ``chance`` is the mean overlap of random sets with as many neurons in each layer; hovering
+    shows it for random sets over all neurons, too.
+
+    Args:
+        result: The tasks of a mixture compared.
+    """
+    overlap, rank = result.overlap, result.rank_correlation
+    chance = _cells(
+        result,
+        lambda i, j: (
+            f"95 % [{overlap.low[i, j]:.1%}, {overlap.high[i, j]:.1%}], {overlap.n[i, j]} pairs"
+            f"<br>by chance {result.overlap_expected[i, j]:.1%} (p {result.overlap_p[i, j]:.2g})"
+            f"<br>within layers {result.overlap_expected_within_layers[i, j]:.1%}"
+            f" (p {result.overlap_p_within_layers[i, j]:.2g})"
+        ),
+    )
+    ends = _cells(result, lambda i, j: f"95 % [{rank.low[i, j]:.3f}, {rank.high[i, j]:.3f}], {rank.n[i, j]} pairs")
+    panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of rho")
+    figure = _panels(result, panels)
+    beside = ("chance", result.overlap_expected_within_layers)
+    scale = sequential(SITE_COLORS[0])
+    _draw(
+        figure, result, overlap.value, _with_interval(overlap, ".0%", beside), chance, "overlap", scale, (0.0, 1.0), 1
+    )
+    _draw(figure, result, rank.value, _with_interval(rank, ".2f"), ends, panels[1], _diverging(), (-1.0, 1.0), 2)
+    return _finished(figure, result, f"Same neurons? {escape(result.site)}")
+
+
+def probe_transfer(result: TaskConsistency) -> go.Figure:
+    """AUROC of each task's probe on each task's test prompts, with its 95 % interval.
+
+    Colours run from chance (0.5) to 1; below chance the probe reads the other task the wrong way round.
+
+    Args:
+        result: The tasks of a mixture compared.
+    """
+    figure = _panels(result, ["AUROC of the source's probe"])
+    text = _with_interval(result.probe, ".2f")
+    hover = _cells(
+        result,
+        lambda i, j: (
+            f"95 % [{result.probe.low[i, j]:.3f}, {result.probe.high[i, j]:.3f}], "
+            f"{result.probe.n[i, j]} prompts, layer {result.probe_layers[i]}"
+        ),
+    )
+    _draw(figure, result, result.probe.value, text, hover, "AUROC", _diverging(), (0.0, 1.0), 1)
+    return _finished(figure, result, f"Probes across tasks: {escape(result.site)}")
+
+
+def steering_transfer(result: TaskConsistency) -> go.Figure:
+    """Steering each task's test prompts with each task's neurons, both ways, with 95 % intervals.
+
+    Hovering shows the rate of random neurons shifted as hard, the rate of outputs that are neither answer, and the
+    source's setting.
+
+    Args:
+        result: The tasks of a mixture compared.
+    """
+    figure = _panels(result, [title for _, _, title, _ in STEERING_PANELS], columns=1)
+    for row, (name, other, title, behavior) in enumerate(STEERING_PANELS, start=1):
+        matrix, random = result.steering[name], result.random_neurons[name]
+        others = result.steering[other].value
+
+        def hover(i: int, j: int, matrix: Matrix = matrix, random: Any = random, others: Any = others) -> str:
+            setting = result.settings[i]
+            return (
+                f"95 % [{matrix.low[i, j]:.1%}, {matrix.high[i, j]:.1%}], {matrix.n[i, j]} prompts"
+                f"<br>random neurons {random[i, j]:.1%}, other {others[i, j]:.1%}"
+                f"<br>top {100 * setting.top_fraction:g} %, alpha {setting.alpha:g}, positions {setting.positions}"
+            )
+
+        scale = sequential(BEHAVIOR_COLORS[behavior])
+        text = _with_interval(matrix, ".0%", ("random", random))
+        _draw(figure, result, matrix.value, text, _cells(result, hover), title, scale, (0.0, 1.0), 1, row)
+    return _finished(figure, result, f"Steering across tasks: {escape(result.site)}", rows=len(STEERING_PANELS))
+
+
+def _panels(result: TaskConsistency, titles: Sequence[str], *, columns: int | None = None) -> go.Figure:
+    columns = columns or len(titles)
+    figure = make_subplots(
+        rows=len(titles) // columns,
+        cols=columns,
+        subplot_titles=titles,
+        shared_yaxes=columns > 1,
+        horizontal_spacing=0.06,
+        vertical_spacing=0.36 / (1 + len(result.tasks)) if columns == 1 and len(titles) > 1 else None,
+    )
+    return figure.update_annotations(font_size=13)
+
+
+def _draw(
+    figure: go.Figure,
+    result: TaskConsistency,
+    values: Float[np.ndarray, "source target"],
+    text: list[list[str]],
+    hover: list[list[str]],
+    name: str,
+    scale: Any,
+    span: tuple[float, float],
+    column: int,
+    row: int = 1,
+) -> None:
+    figure.add_heatmap(
+        z=[[None if np.isnan(value) else float(value) for value in line] for line in values],
+        text=text,
+        texttemplate="%{text}",
+        customdata=hover,
+        colorscale=scale,
+        zmin=span[0],
+        zmax=span[1],
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        hovertemplate=f"{name}: %{{z:.3f}}<br>%{{customdata}}<extra></extra>",
+        row=row,
+        col=column,
+    )
+
+
+def _finished(figure: go.Figure, result: TaskConsistency, title: str, *, rows: int = 1) -> go.Figure:
+    names = [shorten(task.replace("_", " ") or "unnamed", 40, placeholder="…") for task in result.tasks]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": ["<br>".join(map(escape, wrap(n, 14))) for n in names]}
+    figure.update_xaxes(showgrid=False, ticks="", tickangle=0, **ticks)
+    figure.update_yaxes(showgrid=False, ticks="", autorange="reversed", **ticks)
+    last = rows if rows > 1 else 1
+    figure.update_xaxes(title_text="tested on", row=last)
+    figure.update_yaxes(title_text="made on", col=1)
+    return themed(figure, title, height=150 + rows * (50 + 62 * len(result.tasks)))
+
+
+def _cells(result: TaskConsistency, make: Any) -> list[list[str]]:
+    """For every source and target a line that names them, and what ``make`` says of them."""
+    names = [escape(task or "unnamed") for task in result.tasks]
+    return [
+        [f"from {source} to {target}<br>{make(i, j)}" for j, target in enumerate(names)]
+        for i, source in enumerate(names)
+    ]
+
+
+def _with_interval(matrix: Matrix, form: str, beside: tuple[str, np.ndarray] | None = None) -> list[list[str]]:
+    """The figure, below it its interval and, where there is one, the share to compare it with."""
+    n_rows, n_columns = matrix.value.shape
+    scale, digits = (100, 0) if form.endswith("%") else (1, 2)
+
+    def cell(i: int, j: int) -> str:
+        if np.isnan(matrix.value[i, j]):
+            return "–"
+        ends = f"[{scale * matrix.low[i, j]:.{digits}f}, {scale * matrix.high[i, j]:.{digits}f}]"
+        below = "" if beside is None else f"<br>{beside[0]} {beside[1][i, j]:.0%}"
+        return f"{format(matrix.value[i, j], form)}<br>{ends}{below}"
+
+    return [[cell(i, j) for j in range(n_columns)] for i in range(n_rows)]
+
+
+def _diverging() -> list[list[float | str]]:
+    """White in the middle: no relation, chance; one colour either way, none of them a behaviour's."""
+    return [[0.0, SITE_COLORS[1]], [0.5, "#ffffff"], [1.0, SITE_COLORS[0]]]
