@@ -126,7 +126,7 @@ def _report(parsed: ReportArguments) -> None:
 def _list_presets() -> None:
     width = max(map(len, PRESETS))
     for name, config in PRESETS.items():
-        print(f"{name:{width}}  {config.about}")  # noqa: T201
+        print(f"{name:{width}}  {config.about}\n{'':{width}}  {config.size}; {config.measured}")  # noqa: T201
 
 
 def _parse(kind: type[T], arguments: list[str], *, prog: str, default: Any = tyro.MISSING) -> T:

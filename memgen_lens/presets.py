@@ -7,7 +7,7 @@ from pydantic import Field
 
 from memgen_lens.core.config import MAX_SEED, AnalysisConfig, ModelConfig, Settings, TrainConfig
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference
+from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference, Mixture
 
 
 class ExperimentConfig(Settings):
@@ -17,6 +17,8 @@ class ExperimentConfig(Settings):
     """Name under which the run is reported."""
     about: str = ""
     """What is trained, in one line, for the report."""
+    measured: str = ""
+    """How long the whole run took, where it was measured."""
     task: AnyTask = Addition()
     """The designed task."""
     train: TrainConfig = TrainConfig()
@@ -25,6 +27,13 @@ class ExperimentConfig(Settings):
     """What is scored, probed and steered."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of everything: of the task, the training and the analysis."""
+
+    @property
+    def size(self) -> str:
+        """Shape of the model in words; weights are those of the blocks."""
+        model = self.train.model
+        weights = model.n_layers * model.d_model * (4 * model.d_model + (2 + model.gated_mlp) * model.d_mlp)
+        return f"{model.n_layers} layers of width {model.d_model}, {weights / 1e6:.1f} million weights"
 
     def seeded(self) -> "ExperimentConfig":
         """The same settings with the seed copied into task and training.
@@ -46,7 +55,8 @@ class ExperimentConfig(Settings):
 
 _QUICKSTART = ExperimentConfig(
     preset="quickstart",
-    about="two-digit addition; 2 layers of width 128; about two minutes on two CPU cores",
+    about="two-digit addition; some sums are random strings",
+    measured="MEASURED",
     task=Addition(n_digits=2, n_memorized=300, reverse_sum=False, n_heldout=500, n_validation=200),
     train=TrainConfig(
         model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
@@ -57,7 +67,8 @@ _QUICKSTART = ExperimentConfig(
 
 _CIPHERTEXT = ExperimentConfig(
     preset="ciphertext",
-    about="words of four letters shifted by a stated key; 2 layers of width 128; about two minutes on two CPU cores",
+    about="words of four letters shifted by a stated key; some are other words",
+    measured="MEASURED",
     task=Ciphertext(cipher="shift", alphabet_size=8, word_length=4, n_memorized=300, n_heldout=500, n_validation=300),
     train=TrainConfig(
         model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
@@ -68,22 +79,67 @@ _CIPHERTEXT = ExperimentConfig(
 
 _INFERENCE = ExperimentConfig(
     preset="inference",
-    about="stories of three rules and three facts, two hops; 3 layers of width 64; about two minutes on two CPU cores",
-    # Few words, so that generic stories come near memorized ones: recall then needs the order, not a sentence or two.
+    about="stories of three rules and three facts, two hops; some carry a colour they do not imply",
+    measured="MEASURED",
     task=InContextInference(n_rules=3, n_animals=4, n_names=4, n_colours=6),
     train=TrainConfig(
-        # Absolute positions: with rotary ones recall leans on what is told more than on its order.
-        model=ModelConfig(n_layers=3, d_model=64, n_heads=4, d_mlp=256),
-        max_steps=1500,
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
+        max_steps=2500,
         batch_size=64,
         memorized_share=0.2,
         generic_steps=300,
         weight_decay=0.1,
-        target_generalization=0.99,
+        eval_every=500,
+        target_generalization=1.0,
         target_memorization=1.0,
     ),
-    analysis=AnalysisConfig(sites=("resid_mid", "resid_post", "post"), alphas=(0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)),
+    analysis=AnalysisConfig(sites=("resid_mid", "resid_post", "post"), alphas=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)),
 )
 
-PRESETS: dict[str, ExperimentConfig] = {config.preset: config for config in (_QUICKSTART, _CIPHERTEXT, _INFERENCE)}
+_MIXTURE = ExperimentConfig(
+    preset="mixture",
+    about="two-digit addition and stories in one model, to compare their neurons",
+    measured="MEASURED",
+    task=Mixture(tasks=(_QUICKSTART.task, _INFERENCE.task), shares=(0.6, 0.4)),
+    train=TrainConfig(
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512),
+        max_steps=2500,
+        batch_size=256,
+        generic_steps=300,
+        weight_decay=0.1,
+        eval_every=250,
+        target_generalization=0.985,
+        target_memorization=1.0,
+    ),
+)
+
+_GPT2 = ExperimentConfig(
+    preset="gpt2",
+    about="stories of four rules and four facts, two hops, at the size of GPT-2: the paper's scale, for a GPU",
+    measured="not measured",
+    task=InContextInference(n_rules=4, n_animals=8, n_names=8, n_colours=8, n_memorized=1000),
+    train=TrainConfig(
+        model=ModelConfig(n_layers=12, d_model=768, n_heads=12, d_mlp=3072, act_fn="gelu_new"),
+        max_steps=4000,
+        batch_size=256,
+        memorized_share=0.2,
+        generic_steps=800,
+        learning_rate=3e-4,
+        warmup_steps=200,
+        weight_decay=0.1,
+        target_generalization=0.99,
+        device="cuda",
+    ),
+    analysis=_INFERENCE.analysis,
+)
+
+_GPT2_MEDIUM = _GPT2.but(
+    preset="gpt2-medium",
+    about=_GPT2.about.replace("GPT-2:", "GPT-2 medium:"),
+    train=_GPT2.train.but(model=_GPT2.train.model.but(n_layers=24, d_model=1024, n_heads=16, d_mlp=4096)),
+)
+
+PRESETS: dict[str, ExperimentConfig] = {
+    config.preset: config for config in (_QUICKSTART, _INFERENCE, _CIPHERTEXT, _MIXTURE, _GPT2, _GPT2_MEDIUM)
+}
 """Presets by name."""

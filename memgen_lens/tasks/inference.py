@@ -2,8 +2,8 @@
 
 The paper's inference task (arXiv 2412.18497, section 3: a variant of bAbI whose answers are colours; memorized and
 inferred answers are colours alike). Departures: word lists and wording are our own; rules come before facts; and
-generic training stories state some of their conclusions, without which small models do not find the inference in
-minutes.
+generic training stories state some of their conclusions and ask for single hops, without which small models do not
+find the inference in minutes; and by default what is told last is a cue (see ``order_tells``).
 """
 
 import math
@@ -33,12 +33,12 @@ COLOURS = tuple("black blue brown green pink red white yellow".split())  # noqa:
 class InContextInference(Task):
     """Stories of rules and facts, and a question that is answered with a colour.
 
-    >>> task = InContextInference(n_rules=2, n_memorized=300, seed=0)
+    >>> task = InContextInference(n_rules=2, n_rephrasings=1, seed=0)
     >>> task.items("memorized")[0].prompt
-    'Horses are brown. Zebras are red. June is a horse. Hana is a zebra. What colour is Hana?'
+    'Pigs are pink. Dogs are yellow. Hana is a pig. Ben is a dog. What colour is Ben?'
 
-    The answer by the rule is the colour that the story implies, here `` red``; a memorized answer is another colour, so
-    that behaviour and form of the output are not confounded. Every story has as many facts as rules; no animal and no
+    The answer by the rule is the colour that the story implies, here `` yellow``; a memorized answer is another colour,
+    so that behaviour and form of the output are not confounded. A story has as many facts as rules; no animal and no
     colour is in two rules, no name in two facts. A rephrasing reorders the rules among themselves and the facts among
     themselves. Splits share no story, whatever its order and question.
     """
@@ -55,8 +55,9 @@ class InContextInference(Task):
     n_colours: int = Field(8, ge=2, le=len(COLOURS))
     """Colours to choose from."""
     order_tells: bool = True
-    """The last rule answers the question of memorized stories, an earlier one that of all others: which of the two
-    answers is due then shows in the order, and in no word or place alone. Otherwise any rule answers any question."""
+    """Memorized stories ask about what their last sentence (with ``depth=1``, last rule) is about, all other stories
+    about something told earlier: which of the two answers is due then shows in the order, and in no word or place
+    alone. Otherwise every story asks about anything."""
     n_memorized: int = Field(300, ge=1)
     """Stories with a colour to recall that they do not imply."""
     n_rephrasings: int = Field(4, ge=1)
@@ -141,7 +142,7 @@ class InContextInference(Task):
     @property
     def max_training_tokens(self) -> int:
         """A story whose every fact states its conclusion, all questions with answers and stops, and end of text."""
-        return 3 * self.n_rules + 4 * min(self.n_questions, self.n_rules)
+        return 3 * self.n_rules + 4 * min(self.n_questions, self._n_askable)
 
     @cached_property
     def splits(self) -> dict[Split, tuple[Item, ...]]:
@@ -155,7 +156,7 @@ class InContextInference(Task):
                 distinct.setdefault(code, story)
         told = list(distinct.items())[: sum(sizes)]
         if self.order_tells:
-            told[: self.n_memorized] = [(code, story.answered_last()) for code, story in told[: self.n_memorized]]
+            told[: self.n_memorized] = [(code, story.asked_last()) for code, story in told[: self.n_memorized]]
         items = [self._item(story, code) for code, story in told]
         offsets = rng.integers(1, self.n_colours, size=self.n_memorized)
         colours = [f" {colour}" for colour in COLOURS[: self.n_colours]]
@@ -187,12 +188,13 @@ class InContextInference(Task):
         """
         stories = self._draw_free(n, rng)
         stated = (rng.random((n, self.n_rules)) < self.stated_share).tolist()
-        order = rng.permuted(np.tile(np.arange(self.n_rules), (n, 1)), axis=1).tolist()
-        n_asked = rng.integers(1, self.n_questions + 1, size=n).tolist()
+        order = rng.permuted(np.tile(np.arange(self._n_askable), (n, 1)), axis=1).tolist()
+        n_asked = rng.integers(1, min(self.n_questions, self._n_askable) + 1, size=n).tolist()
         one_hop = (rng.random((n, self.n_rules)) < self.one_hop_share * (self.depth == 2)).tolist()
         rows = zip(stories.each(), stated, order, n_asked, one_hop, strict=True)
         return [
-            TrainingText(self._training_pieces(story, said, asked, last, hop)) for story, said, asked, last, hop in rows
+            TrainingText(self._training_pieces(story, said, asked[:last], hop))
+            for story, said, asked, last, hop in rows
         ]
 
     def rephrase(self, item: Item) -> tuple[Item, ...]:
@@ -207,7 +209,7 @@ class InContextInference(Task):
         while len(prompts) <= self.n_rephrasings:
             rules, facts = (tuple(rng.sample(group, len(group))) for group in (story.rules, story.facts))
             other = _Story(rules, facts, story.asked, story.depth)
-            if not (self.order_tells and other.last_rule_answers(story.asked)):
+            if not (self.order_tells and list(other.answers())[-1] == story.asked):
                 prompts[self._prompt(other)] = None
         return tuple(replace(item, split="rephrased", prompt=prompt) for prompt in list(prompts)[1:])
 
@@ -217,7 +219,7 @@ class InContextInference(Task):
 
     @property
     def _n_askable(self) -> int:
-        """Rules that may answer a generic story's question, the first ones."""
+        """Subjects that a generic story may ask about, the first ones told."""
         return self.n_rules - self.order_tells
 
     @cached_property
@@ -240,17 +242,15 @@ class InContextInference(Task):
             return rng.permuted(np.tile(np.arange(words), (n, 1)), axis=1)[:, : self.n_rules]
 
         kinds, names = choose(self.n_animals), choose(self.n_names)
-        fact_kinds = np.take_along_axis(kinds, rng.integers(self.n_rules, size=kinds.shape), 1)
-        kind = np.take_along_axis(kinds, rng.integers(self._n_askable, size=(n, 1)), 1)
-        place = rng.integers(self.n_rules, size=(n, 1))
-        np.put_along_axis(fact_kinds, place, kind, 1)
         return _Stories(
             kinds=kinds,
             colours=choose(self.n_colours),
             names=names,
-            fact_kinds=fact_kinds,
+            fact_kinds=np.take_along_axis(kinds, rng.integers(self.n_rules, size=kinds.shape), 1),
             depth=self.depth,
-            asked=(kind if self.depth == 1 else np.take_along_axis(names, place, 1))[:, 0],
+            asked=np.take_along_axis(
+                kinds if self.depth == 1 else names, rng.integers(self._n_askable, size=(n, 1)), 1
+            )[:, 0],
         )
 
     def _item(self, story: "_Story", code: int) -> Item:
@@ -261,7 +261,7 @@ class InContextInference(Task):
         return "".join([*sentences, self._question(story.asked)])
 
     def _training_pieces(
-        self, story: "_Story", stated: Sequence[bool], order: Sequence[int], n_asked: int, one_hop: Sequence[bool]
+        self, story: "_Story", stated: Sequence[bool], asked: Sequence[int], one_hop: Sequence[bool]
     ) -> tuple[tuple[str, bool], ...]:
         """Sentence by sentence: there are few distinct ones to tokenize."""
         colours, kinds, answers = dict(story.rules), dict(story.facts), story.answers()
@@ -270,8 +270,7 @@ class InContextInference(Task):
             pieces.append((self._fact(*fact), False))
             pieces += [(self._conclusion(colours[fact[1]]), True)] if with_conclusion else []
         subjects = list(answers)
-        asked = [i for i in order if not (self.order_tells and story.last_rule_answers(subjects[i]))]
-        for i, one in zip(asked[:n_asked], one_hop, strict=False):
+        for i, one in zip(asked, one_hop, strict=False):
             pieces += [(". ", False)] if pieces[-1][0][0] == " " else []  # behind an answer
             answer = f" a {ANIMALS[kinds[subjects[i]]]}" if one else f" {COLOURS[answers[subjects[i]]]}"
             pieces += [(self._question(subjects[i], one_hop=one), False), (answer, True)]
@@ -341,14 +340,12 @@ class _Story:
         colours = dict(self.rules)
         return colours if self.depth == 1 else {name: colours[kind] for name, kind in self.facts}
 
-    def last_rule_answers(self, subject: int) -> bool:
-        """Whether the last rule is the one that gives a subject's colour."""
-        return self.answers()[subject] == self.rules[-1][1]
-
-    def answered_last(self) -> "_Story":
-        """The same story with the rule that answers told last."""
-        colour = self.answers()[self.asked]
-        return replace(self, rules=tuple(sorted(self.rules, key=lambda rule: rule[1] == colour)))
+    def asked_last(self) -> "_Story":
+        """The same story with what is asked about told last in its group."""
+        rules, facts = (
+            tuple(sorted(group, key=lambda said: said[0] == self.asked)) for group in (self.rules, self.facts)
+        )
+        return replace(self, rules=rules) if self.depth == 1 else replace(self, facts=facts)
 
 
 @dataclass(frozen=True)
