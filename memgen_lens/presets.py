@@ -83,7 +83,8 @@ _INFERENCE = ExperimentConfig(
     measured="MEASURED",
     task=InContextInference(n_rules=3, n_animals=4, n_names=4, n_colours=6),
     train=TrainConfig(
-        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
+        # Wide, so that what tells recalling from computing has directions of its own, which a shift can move alone.
+        model=ModelConfig(n_layers=2, d_model=256, n_heads=4, d_mlp=1024),
         max_steps=2500,
         batch_size=64,
         memorized_share=0.2,
@@ -93,7 +94,9 @@ _INFERENCE = ExperimentConfig(
         target_generalization=1.0,
         target_memorization=1.0,
     ),
-    analysis=AnalysisConfig(sites=("resid_mid", "resid_post", "post"), alphas=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)),
+    analysis=AnalysisConfig(
+        sites=("z", "resid_mid", "resid_post", "post"), alphas=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+    ),
 )
 
 _MIXTURE = ExperimentConfig(

@@ -10,24 +10,19 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
 from pydantic import Field, model_validator
 
 from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Split
+from memgen_lens.tasks.stories import ANIMALS, COLOURS, NAMES, Stories, Story
 from memgen_lens.tasks.task import Task
-
-# All take "a" and a plural in "s".
-ANIMALS = tuple("bear cat dog frog goat hen horse lion mole pig rabbit seal swan tiger toad zebra".split())  # noqa: SIM905
-NAMES = tuple("Ada Ben Cora Dan Ella Finn Gus Hana Ivan June Kai Lily Max Nora Omar Rosa".split())  # noqa: SIM905
-COLOURS = tuple("black blue brown green pink red white yellow".split())  # noqa: SIM905
 
 
 class InContextInference(Task):
@@ -149,7 +144,7 @@ class InContextInference(Task):
         """The items of every split."""
         rng = np.random.default_rng(self.seed)
         sizes = (self.n_memorized, self.n_heldout, self.n_validation)
-        distinct: dict[int, _Story] = {}
+        distinct: dict[int, Story] = {}
         while len(distinct) < sum(sizes):
             stories = self._draw(sum(sizes), rng)
             for code, story in zip(stories.codes().tolist(), stories.each(), strict=True):
@@ -208,7 +203,7 @@ class InContextInference(Task):
         prompts = {item.prompt: None}
         while len(prompts) <= self.n_rephrasings:
             rules, facts = (tuple(rng.sample(group, len(group))) for group in (story.rules, story.facts))
-            other = _Story(rules, facts, story.asked, story.depth)
+            other = Story(rules, facts, story.asked, story.depth)
             if not (self.order_tells and list(other.answers())[-1] == story.asked):
                 prompts[self._prompt(other)] = None
         return tuple(replace(item, split="rephrased", prompt=prompt) for prompt in list(prompts)[1:])
@@ -227,7 +222,7 @@ class InContextInference(Task):
         """Codes of all stories in a split."""
         return np.unique([item.key for items in self.splits.values() for item in items])
 
-    def _draw_free(self, n: int, rng: np.random.Generator) -> "_Stories":
+    def _draw_free(self, n: int, rng: np.random.Generator) -> "Stories":
         """Draw stories of no split."""
         free = self._draw(0, rng)
         while len(free.asked) < n:
@@ -235,14 +230,14 @@ class InContextInference(Task):
             free = free.and_more(drawn.take(np.flatnonzero(~np.isin(drawn.codes(), self._taken))))
         return free.take(np.arange(n))
 
-    def _draw(self, n: int, rng: np.random.Generator) -> "_Stories":
+    def _draw(self, n: int, rng: np.random.Generator) -> "Stories":
         """Draw stories with everything uniform: words, orders, and who is asked about."""
 
         def choose(words: int) -> np.ndarray:
             return rng.permuted(np.tile(np.arange(words), (n, 1)), axis=1)[:, : self.n_rules]
 
         kinds, names = choose(self.n_animals), choose(self.n_names)
-        return _Stories(
+        return Stories(
             kinds=kinds,
             colours=choose(self.n_colours),
             names=names,
@@ -253,15 +248,15 @@ class InContextInference(Task):
             )[:, 0],
         )
 
-    def _item(self, story: "_Story", code: int) -> Item:
+    def _item(self, story: "Story", code: int) -> Item:
         return Item(code, "generic", self._prompt(story), f" {COLOURS[story.answers()[story.asked]]}", None, self.name)
 
-    def _prompt(self, story: "_Story") -> str:
+    def _prompt(self, story: "Story") -> str:
         sentences = [self._rule(*rule) for rule in story.rules] + [self._fact(*fact) for fact in story.facts]
         return "".join([*sentences, self._question(story.asked)])
 
     def _training_pieces(
-        self, story: "_Story", stated: Sequence[bool], asked: Sequence[int], one_hop: Sequence[bool]
+        self, story: "Story", stated: Sequence[bool], asked: Sequence[int], one_hop: Sequence[bool]
     ) -> tuple[tuple[str, bool], ...]:
         """Sentence by sentence: there are few distinct ones to tokenize."""
         colours, kinds, answers = dict(story.rules), dict(story.facts), story.answers()
@@ -292,7 +287,7 @@ class InContextInference(Task):
         asked = "What is" if one_hop else "What colour is" if self.depth == 2 else "What colour are"
         return asked + self._subject(subject)
 
-    def _story(self, prompt: str) -> "_Story":
+    def _story(self, prompt: str) -> "Story":
         """Read a prompt."""
         kinds, names, colours = ANIMALS[: self.n_animals], NAMES[: self.n_names], COLOURS[: self.n_colours]
         kind, name, colour = "|".join(kinds), "|".join(names), "|".join(colours)
@@ -311,7 +306,7 @@ class InContextInference(Task):
             facts = tuple(
                 (names.index(n), kinds.index(k)) for n, k in re.findall(r"(\w+) is a (\w+)\. ", match["facts"])
             )
-            story = _Story(
+            story = Story(
                 rules, facts, names.index(match["name"]) if self.depth == 2 else kinds.index(match["kind"]), self.depth
             )
             words = ([k for k, _ in rules], [c for _, c in rules], [n for n, _ in facts])
@@ -324,66 +319,3 @@ class InContextInference(Task):
             received=repr(prompt),
             fix="Pass an item of this task: task.items('memorized').",
         )
-
-
-@dataclass(frozen=True)
-class _Story:
-    """One story: rules ``(kind, colour)``, facts ``(name, kind)``, and the kind or name that is asked about."""
-
-    rules: tuple[tuple[int, int], ...]
-    facts: tuple[tuple[int, int], ...]
-    asked: int
-    depth: int
-
-    def answers(self) -> dict[int, int]:
-        """The colour of every subject, as told: of each rule's animal, or of each fact's name."""
-        colours = dict(self.rules)
-        return colours if self.depth == 1 else {name: colours[kind] for name, kind in self.facts}
-
-    def asked_last(self) -> "_Story":
-        """The same story with what is asked about told last in its group."""
-        rules, facts = (
-            tuple(sorted(group, key=lambda said: said[0] == self.asked)) for group in (self.rules, self.facts)
-        )
-        return replace(self, rules=rules) if self.depth == 1 else replace(self, facts=facts)
-
-
-@dataclass(frozen=True)
-class _Stories:
-    """Many stories as arrays: rule r says ``kinds[r]`` are ``colours[r]``, fact f ``names[f]`` is ``fact_kinds[f]``."""
-
-    kinds: Int[np.ndarray, "story rule"]
-    colours: Int[np.ndarray, "story rule"]
-    names: Int[np.ndarray, "story fact"]
-    fact_kinds: Int[np.ndarray, "story fact"]
-    asked: Int[np.ndarray, " story"]
-    depth: int
-
-    def codes(self) -> Int[np.ndarray, " story"]:
-        """A number for each story that does not depend on its order and question: the sum of its sentences' numbers.
-
-        Two stories share one by chance only, and then count as the same story: neither is drawn where the other is in
-        a split.
-        """
-        numbers = np.random.default_rng(0).integers(2**59, size=(2, len(ANIMALS), len(NAMES)))
-        return numbers[0][self.kinds, self.colours].sum(1) + numbers[1][self.fact_kinds, self.names].sum(1)
-
-    def take(self, index: Int[np.ndarray, " row"]) -> "_Stories":
-        """Some of the stories."""
-        return replace(self, **{name: column[index] for name, column in self._columns().items()})
-
-    def and_more(self, more: "_Stories") -> "_Stories":
-        """These stories, then others."""
-        columns = more._columns()
-        return replace(self, **{name: np.concatenate([c, columns[name]]) for name, c in self._columns().items()})
-
-    def each(self) -> list[_Story]:
-        """The stories one by one."""
-        return [
-            _Story(tuple(zip(k, c, strict=True)), tuple(zip(n, f, strict=True)), asked, self.depth)
-            for k, c, n, f, asked in zip(*(column.tolist() for column in self._columns().values()), strict=True)
-        ]
-
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = ("kinds", "colours", "names", "fact_kinds", "asked")
-        return {name: getattr(self, name) for name in names}

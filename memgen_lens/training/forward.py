@@ -166,11 +166,18 @@ def _attention(
             turned = [attn.apply_rotary(q), attn.apply_rotary(k)]  # float32 also where all else is bfloat16
             heads = torch.stack([*(t.to(v.dtype) for t in turned), v], 2)
         scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
-        if x.is_cuda:
+        if _has_fused_attention(x):
             q, k, v = heads.transpose(1, 3).unbind(2)  # 3 x [batch, head, pos, d_head]
-            future = torch.ones(pos, pos, dtype=torch.bool, device=x.device).triu(1)[start:]
-            z = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=~future, scale=scale).transpose(1, 2)
+            seen = torch.ones(pos, pos, dtype=torch.bool, device=x.device).tril()[start:] if start else None
+            z = F.scaled_dot_product_attention(
+                q[:, :, start:], k, v, attn_mask=seen, is_causal=seen is None, scale=scale
+            ).transpose(1, 2)
         else:
             z = ShortAttention.apply(heads, start, scale)
         outputs.append(z.reshape(-1, width))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _has_fused_attention(x: Tensor) -> bool:
+    """Whether torch's fused kernel is the fastest there is: on a GPU, not on a CPU at such lengths."""
+    return x.is_cuda

@@ -163,7 +163,7 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
     settings = run.config.get("settings") or {}
     train = settings.get("train") or {}
     shape = train.get("model") or {}
-    task = {"name": _title(run)} | dict(settings.get("task") or {})
+    task = {"name": _title(run)} | {k: v for k, v in (settings.get("task") or {}).items() if k != "kind"}
     known = ("n_layers", "d_model", "n_heads", "d_mlp", "positional_embedding_type")
     facts = [
         ("Experiment", str(settings.get("about") or "")),
@@ -276,6 +276,8 @@ def _value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, Mapping):  # a task within a mixture
+        return f"{value.get('kind', '')} ({_listed({k: v for k, v in value.items() if k != 'kind'})})".strip()
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value)) or "none"
     return str(value)

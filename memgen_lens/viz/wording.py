@@ -117,12 +117,18 @@ def _steering(run: RunContents) -> list[str]:
         return [f"Steering was not measured: {run.why['shift'].rstrip('.')}."] if "shift" in run.why else []
     there, back = table.to_generalization, table.to_memorization
     forms = {name: control.get("memorized_form") or {} for name, control in back.controls.items()}
+    # Where both answers have one form, the item's own is all that counts: there is nothing to add.
+    form = (
+        f", and {percent(back.memorized_form.get('rate'))} take the form of a memorized answer, the item's own or not"
+        f"{_beside(back.memorized_form, forms)}"
+        if back.memorized_form != back.shift
+        else ""
+    )
     return [
         f"Shifting {describe(table.setting)} turns {percent(there.shift.get('rate'))} of {there.n} recalled "
         f"test prompts into the rule's answer{_beside(there.shift, there.controls)}.",
         f"The other way, {percent(back.shift.get('rate'))} of {back.n} become exact recall"
-        f"{_beside(back.shift, back.controls)}, and {percent(back.memorized_form.get('rate'))} take the form of "
-        f"a memorized answer, the item's own or not{_beside(back.memorized_form, forms)}.",
+        f"{_beside(back.shift, back.controls)}{form}.",
         _side_effects(table),
     ]
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens import onednn
-from memgen_lens.training import build_model
+from memgen_lens.training import build_model, forward
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss, why_not
 
 D_VOCAB = 13
@@ -113,6 +113,30 @@ def test_logits_and_every_gradient_are_those_of_transformer_lens(settings):
             ours[name], gradient, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert all(float(ours[name].abs().max()) > 1e-4 for name in ours if not name.endswith("b_K"))
+
+
+@pytest.mark.parametrize("positional_embedding_type", ["standard", "rotary"])
+def test_the_fused_attention_of_gpus_gives_the_same(monkeypatch, positional_embedding_type):
+    monkeypatch.setattr(forward, "_has_fused_attention", lambda x: True)
+    model = hooked_transformer(positional_embedding_type=positional_embedding_type)
+    ours = gradients(model, labelled_loss(labelled_logits(model, GROUPS), GROUPS))
+    theirs = gradients(model, own_loss(model, GROUPS))
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0)
+
+
+def test_under_autocast_the_logits_are_bfloat16s_and_near(positional_embedding_type="rotary"):
+    model = hooked_transformer(positional_embedding_type=positional_embedding_type)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = labelled_logits(model, GROUPS)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), own_logits(model, GROUPS), atol=0.2, rtol=0.05)
+    gradient = gradients(model, labelled_loss(logits, GROUPS))
+    theirs = gradients(model, own_loss(model, GROUPS))
+    for name, expected in theirs.items():
+        assert gradient[name].dtype == torch.float32
+        similarity = F.cosine_similarity(gradient[name].flatten(), expected.flatten(), dim=0)
+        assert similarity > 0.98 or expected.abs().max() < 1e-3, name
 
 
 @pytest.mark.parametrize("act_fn", ["gelu", "gelu_new", "relu", "silu"])
