@@ -70,6 +70,7 @@ class Outcome:
         """One flat line of ``outcomes.jsonl``."""
         return {
             "split": self.item.split,
+            "task": self.item.task,
             "key": self.item.key,
             "prompt": self.item.prompt,
             "output": self.output,

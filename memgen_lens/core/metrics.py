@@ -19,7 +19,10 @@ SCHEMA = 1
 
 
 def behavior_metrics(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[str, Any]:
-    """Shares of held-out, memorized and rephrased prompts by behaviour, and of memorized items that flip."""
+    """Shares of held-out, memorized and rephrased prompts by behaviour, and of memorized items that flip.
+
+    Of a mixture, ``by_task`` has the same figures for each of its tasks.
+    """
 
     def share(split: str, behavior: Behavior) -> float:
         return wilson([o.behavior is behavior for o in outcomes if o.item.split == split]).rate
@@ -29,7 +32,14 @@ def behavior_metrics(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[st
         "trained_memorization": share("memorized", Behavior.MEMORIZATION),
         "rephrased": {str(behavior): share("rephrased", behavior) for behavior in Behavior},
         "flip_rate": pairs.n_flipped / pairs.n_items,
-    }
+    } | ({"by_task": by_task} if (by_task := _by_task(outcomes, pairs)) else {})
+
+
+def _by_task(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(outcome.item.task for outcome in outcomes))
+    if len(tasks) < 2:
+        return {}
+    return {name: behavior_metrics([o for o in outcomes if o.item.task == name], pairs.of_task(name)) for name in tasks}
 
 
 def attribution_metrics(score: NeuronScores) -> dict[str, Any]:

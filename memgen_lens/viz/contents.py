@@ -166,7 +166,7 @@ def _each(make: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
 
 
 def _outcome(row: Any) -> Outcome:
-    item = Item(row["key"], row["split"], row["prompt"], row["rule_answer"], row["memorized_answer"])
+    item = Item(row["key"], row["split"], row["prompt"], row["rule_answer"], row["memorized_answer"], row["task"])
     return Outcome(item, row["output"], Behavior(row["behavior"]), row["memorized_form"])
 
 

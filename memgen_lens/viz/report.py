@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from memgen_lens.core.files import write_text
 from memgen_lens.core.items import Outcome
 from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
+from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
@@ -149,12 +150,18 @@ def _html(name: str, figure: go.Figure) -> str:
 
 
 def _splits(run: RunContents) -> list[dict[str, Any]]:
-    """For each split: n, the rate of each behaviour, and the number of outputs in memorized form."""
+    """For each split, and each task of a mixture in it: n, the rate of each behaviour, outputs in memorized form."""
+    tasks = list(dict.fromkeys(outcome.item.task for outcome in run.outcomes))
+    kinds = [(split, None) for split in dict.fromkeys(outcome.item.split for outcome in run.outcomes)]
+    if len(tasks) > 1:
+        kinds = [(split, task) for split, _ in kinds for task in (None, *tasks)]
     rows = []
-    for split in dict.fromkeys(outcome.item.split for outcome in run.outcomes):
-        shown = [outcome for outcome in run.outcomes if outcome.item.split == split]
-        rates = {str(behavior): wording.rate_of(run, split, behavior) for behavior in Behavior}
-        rows.append({"split": split, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)})
+    for split, task in kinds:
+        shown = [o for o in run.outcomes if o.item.split == split and task in (None, o.item.task)]
+        if shown:
+            rates = {str(behavior): wilson([o.behavior is behavior for o in shown]) for behavior in Behavior}
+            name = split if task is None else f"{split}, {task}"
+            rows.append({"split": name, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)})
     return rows
 
 
