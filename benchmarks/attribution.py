@@ -18,7 +18,7 @@ def rows() -> list[Row]:
             f"NMD of all MLP neurons, {n_prompts:,} prompts, {N_LAYERS} layers, width {WIDTH}",
             {"ours": ours, "run_with_cache, then numpy": cache_everything, "steering-vectors": steering_vectors},
             {"n_prompts": n_prompts},
-            rounds=5 if n_prompts < 10_000 else 3,
+            rounds=4 if n_prompts < 10_000 else 2,
             tolerance=1e-5,
             flops=2 * n_prompts * 12 * N_LAYERS * 12 * WIDTH**2,
         )

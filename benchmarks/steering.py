@@ -22,7 +22,7 @@ def rows() -> list[Row]:
             "steering sweep, 10 x 10 settings both ways, quickstart's model",
             {"ours": ours, "run_with_hooks, a setting at a time": one_by_one},
             {"directory": str(_trained())},
-            rounds=4,
+            rounds=3,
             tolerance=0,
         )
     ]
