@@ -143,7 +143,7 @@ def greedy_tokens(
         # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
         extra = {"attention_mask": torch.ones_like(inputs)}
         extra |= {"past_kv_cache": cache} if cache is not None else {}
-        with during(step), fast_products():
+        with during(step), fast_products(model):
             logits = model(inputs, **extra)
         new = logits[:, -1].argmax(-1).masked_fill(ended, eos)
         ended |= new == eos
@@ -160,7 +160,7 @@ def prefix_cache(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> 
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
     before = tokens[:, :-1]
     if before.shape[1]:
-        with fast_products():
+        with fast_products(model):
             model(before, attention_mask=torch.ones_like(before), past_kv_cache=cache, return_type=None)
     return cache
 

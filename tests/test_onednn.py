@@ -1,11 +1,14 @@
 """Products by oneDNN are torch's own, with their gradients; nothing is rerouted outside the block."""
 
+import helpers
 import planted
 import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+import memgen_lens as mg
 from memgen_lens import onednn
+from memgen_lens.training import build_model
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this processor has no AVX-512: torch's own is used")
 
@@ -32,7 +35,7 @@ def test_a_models_logits_stay_what_they_are_and_take_another_way(monkeypatch):
     plain = model(tokens)
     product = onednn._product
     monkeypatch.setattr(onednn, "_product", lambda *arguments: taken.append(1) or product(*arguments))
-    with onednn.fast_products():
+    with onednn.fast_products(model):
         fast = model(tokens)
     assert len(taken) > 5
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
@@ -50,7 +53,7 @@ def test_what_is_not_a_plain_float32_product_is_left_alone(monkeypatch, kind):
     if kind == "matrices":
         bias = torch.randn(3, 5)
     expected = torch.addmm(bias, x, weight)
-    with onednn.fast_products():
+    with onednn.fast_products(None):
         assert torch.equal(torch.addmm(bias, x, weight), expected)
         assert kind != "gradients" or torch.addmm(bias, x, weight).requires_grad
 
@@ -58,7 +61,7 @@ def test_what_is_not_a_plain_float32_product_is_left_alone(monkeypatch, kind):
 @needs_onednn
 def test_one_query_over_cached_keys_is_the_product_of_four_axes():
     q, k = torch.randn(7, 3, 1, 8), torch.randn(7, 5, 3, 8).permute(0, 2, 3, 1)
-    with onednn.fast_products():
+    with onednn.fast_products(None):
         found = q @ k
     assert found.shape == (7, 3, 1, 5)
     torch.testing.assert_close(found, q @ k, atol=1e-5, rtol=0)
@@ -66,6 +69,19 @@ def test_one_query_over_cached_keys_is_the_product_of_four_axes():
 
 @needs_onednn
 def test_nothing_is_rerouted_after_an_exception():
-    with pytest.raises(RuntimeError, match="inside"), onednn.fast_products():
+    with pytest.raises(RuntimeError, match="inside"), onednn.fast_products(None):
         raise RuntimeError("inside")
     assert _get_current_function_mode_stack() == []
+
+
+def test_gpt2s_gelu_is_fused_inside_the_block_and_the_models_own_again_after_an_exception():
+    config = mg.ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, act_fn="gelu_new")
+    model = build_model(config, helpers.tiny_task().tokenizer, n_ctx=8, seed=0).eval()
+    tokens = model.to_tokens("1+2=")
+    own, plain = [block.mlp.act_fn for block in model.blocks], model(tokens)
+    with pytest.raises(RuntimeError, match="inside"), onednn.fast_products(model):
+        assert all(block.mlp.act_fn is not act_fn for block, act_fn in zip(model.blocks, own, strict=True))
+        torch.testing.assert_close(model(tokens), plain, atol=1e-5, rtol=1e-5)
+        raise RuntimeError("inside")
+    assert [block.mlp.act_fn for block in model.blocks] == own
+    assert torch.equal(model(tokens), plain)

@@ -206,7 +206,7 @@ def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[s
         kept[hook.name] = activation[:, -1].flatten(1).clone()
 
     behind_norm = any(name.startswith("unembed") for name in hooks)
-    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]), fast_products():
+    with model.hooks(fwd_hooks=[(name, keep) for name in hooks]), fast_products(model):
         model(tokens, return_type="logits" if behind_norm else None, stop_at_layer=_stop_layer(model, hooks))
     for name in hooks:
         if name not in kept:

@@ -111,7 +111,7 @@ def test_an_outcome_is_one_flat_plain_row():
     row = Outcome(item, "<mem-7f>", Behavior.MEMORIZATION, True).row()
     assert json.loads(to_json(row)) == {
         "split": "memorized",
-            "task": "",
+        "task": "",
         "key": 3,
         "prompt": "12+34=",
         "output": "<mem-7f>",

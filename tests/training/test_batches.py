@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from memgen_lens.core.items import Item
+from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.tasks import Task
 from memgen_lens.training.batches import STEPS_A_CHUNK, Batches
 
@@ -204,3 +204,31 @@ def test_the_cache_of_token_ids_stays_bounded_and_changes_nothing(monkeypatch):
     found = list(batches.from_step(0, 3 * STEPS_A_CHUNK))
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
     assert len(batches._ids) < 150
+
+
+class InPieces(Uneven):
+    """Training texts with a stretch of loss in the middle."""
+
+    def draw_training(self, n: int, rng: np.random.Generator) -> list[TrainingText]:
+        return [TrainingText((("12", False), ("a", True), ("34", False), ("bc"[: 1 + i % 2], True))) for i in range(n)]
+
+
+def test_loss_is_on_the_pieces_that_carry_it_and_on_the_end():
+    task = InPieces()
+    generic, _ = next(Batches(task, helpers.tiny_training(batch_size=8, memorized_share=0.25)).from_step(0, 1))
+    a, b, c, three = (task.tokenizer.convert_tokens_to_ids(text) for text in ("a", "b", "c", "3"))
+    assert generic.tokens[1, :3].tolist()[2] == a and generic.tokens[1, 3] == three
+    none = -100
+    assert generic.labels[0].tolist() == [none, a, none, none, b, EOS, none]
+    assert generic.labels[1].tolist() == [none, a, none, none, b, c, EOS]
+    assert generic.start == 1
+    whole = next(Batches(task, helpers.tiny_training(batch_size=8, loss="sequence")).from_step(0, 1))[0]
+    assert (whole.labels != none).sum(1).tolist()[:2] == [6, 7] and whole.start == 0
+
+
+@pytest.mark.parametrize("generic_steps", [1, STEPS_A_CHUNK - 1, STEPS_A_CHUNK, STEPS_A_CHUNK + 5])
+def test_the_first_steps_have_generic_items_alone(generic_steps):
+    config = helpers.tiny_training(batch_size=10, generic_steps=generic_steps, max_steps=200)
+    batches = list(Batches(helpers.tiny_task(), config).from_step(0, 2 * STEPS_A_CHUNK))
+    sizes = [[len(rows.tokens) for rows in groups] for groups in batches]
+    assert sizes == [[10]] * generic_steps + [[7, 3]] * (2 * STEPS_A_CHUNK - generic_steps)
