@@ -66,7 +66,17 @@ def test_help_of_a_preset_lists_every_setting_with_its_default(capsys):
 
 
 def test_presets_are_listed_with_what_they_train(capsys):
-    assert "quickstart  two-digit addition" in printed(capsys, "presets")
+    lines = printed(capsys, "presets").splitlines()
+    assert lines[0].split(maxsplit=1)[0] == "quickstart" and "two-digit addition" in lines[0]
+    assert "2 layers of width 128" in lines[1] and "on two CPU cores" in lines[1]
+    assert {line.split()[0] for line in lines[::2]} == {
+        "quickstart",
+        "inference",
+        "ciphertext",
+        "mixture",
+        "gpt2",
+        "gpt2-medium",
+    }
 
 
 @pytest.mark.parametrize(
