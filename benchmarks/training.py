@@ -1,6 +1,7 @@
 """One optimizer step: ours, a TransformerLens step, and Hugging Face's GPT-2."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 
 import memgen_lens as mg
 from benchmarks.harness import Row, Run
+from memgen_lens.fast.memory import freed_memory_kept
 from memgen_lens.training import build_model
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
 
 N_POSITIONS, N_PROMPT = 14, 8
+_MEMORY = ExitStack()  # held until the process of ours ends
 
 
 def rows() -> list[Row]:
@@ -72,6 +75,7 @@ def _ours(*, bf16: bool, n_layers: int, width: int, batch: int, loss: str) -> Ru
     model = _hooked(n_layers, width)
     inputs, labels = _data(batch, loss)
     groups = [Rows(inputs, labels, int((labels != -100).any(0).int().argmax()))]
+    _MEMORY.enter_context(freed_memory_kept())  # as `train` does
 
     def of_loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -17,7 +17,7 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel, Split
-from memgen_lens.onednn import fast_products
+from memgen_lens.fast.products import fast_products
 
 with quiet_imports():
     from transformer_lens import HookedTransformer, TransformerLensKeyValueCache

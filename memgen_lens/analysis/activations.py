@@ -24,7 +24,7 @@ from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
-from memgen_lens.onednn import fast_products
+from memgen_lens.fast.products import fast_products
 
 LAYER_SITES = (
     "resid_pre",

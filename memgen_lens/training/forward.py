@@ -13,15 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memgen_lens.onednn import linear
-from memgen_lens.training.short_attention import ShortAttention
+from memgen_lens.fast.mlp import ACTIVATIONS, mlp
+from memgen_lens.fast.products import linear
+from memgen_lens.fast.short_attention import ShortAttention
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 UNUSUAL = (
     "attn_only",
     "final_rms",
@@ -111,7 +106,7 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
         if last:
             x = _after(x, shapes, starts)
         x = x + linear(z, block.attn.W_O.flatten(0, 1), block.attn.b_O)
-        x = x + _mlp(block.mlp, _norm(block.ln2, x, cfg), cfg)
+        x = x + mlp(block.mlp, _norm(block.ln2, x, cfg), cfg)
     x = _norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
     return linear(x, model.unembed.W_U, model.unembed.b_U)
 
@@ -139,13 +134,6 @@ def _norm(norm: Any, x: Float[Tensor, "token d"], cfg: Any) -> Float[Tensor, "to
     if cfg.normalization_type.startswith("LN"):
         return F.layer_norm(x, (cfg.d_model,), getattr(norm, "w", None), getattr(norm, "b", None), cfg.eps)
     return F.rms_norm(x, (cfg.d_model,), getattr(norm, "w", None), cfg.eps)
-
-
-def _mlp(mlp: Any, x: Float[Tensor, "token d_model"], cfg: Any) -> Float[Tensor, "token d_model"]:
-    act = ACTIVATIONS[cfg.act_fn]
-    gated = act(x @ mlp.W_gate) * (x @ mlp.W_in) + mlp.b_in if cfg.gated_mlp else None
-    hidden = act(linear(x, mlp.W_in, mlp.b_in)) if gated is None else gated
-    return linear(hidden, mlp.W_out, mlp.b_out)
 
 
 def _attention(

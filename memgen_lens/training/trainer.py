@@ -22,6 +22,7 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.files import write_jsonl
 from memgen_lens.core.records import Evaluation
 from memgen_lens.core.types import Behavior
+from memgen_lens.fast.memory import freed_memory_kept
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.checkpoints import load_newest, save_checkpoint
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss, why_not
@@ -100,7 +101,7 @@ def train(
         fused=True,
     )
     directory = prepare(task, config, out, resume=resume, force=force)
-    with _own_random_state(config.seed):
+    with _own_random_state(config.seed), freed_memory_kept():
         state = None
         if resume and directory is not None:
             state = load_newest(directory / "checkpoints", model, optimizer, device=config.device)

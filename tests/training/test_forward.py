@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from memgen_lens import onednn
+from memgen_lens.fast import products
 from memgen_lens.training import build_model, forward
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss, why_not
 
@@ -179,7 +179,7 @@ def test_a_later_start_gives_the_same_logits_as_slicing(positional_embedding_typ
 
 
 def test_the_last_layer_is_computed_at_labelled_positions_only(monkeypatch):
-    monkeypatch.setattr(onednn, "available", lambda: False)  # whose products the counter does not know
+    monkeypatch.setattr(products, "available", lambda: False)  # whose products the counter does not know
     model, rows = hooked_transformer(), GROUPS[1]
 
     def operations(start: int) -> int:

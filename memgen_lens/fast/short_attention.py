@@ -55,7 +55,10 @@ class ShortAttention(torch.autograd.Function):
         d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, 0, probs.dtype).mul_(ctx.scale)
         d_scores = d_scores.transpose(0, 1).to(qkv.dtype, memory_format=torch.contiguous_format)
         torch.bmm(d_scores, q, out=d_qkv[1])
-        d_qkv[0, :, :start] = 0
-        d_qkv[0, :, start:] = torch.bmm(d_scores.transpose(1, 2), k)
+        if start:
+            d_qkv[0, :, :start] = 0
+            d_qkv[0, :, start:] = torch.bmm(d_scores.transpose(1, 2), k)
+        else:
+            torch.bmm(d_scores.transpose(1, 2), k, out=d_qkv[0])
         heads = d_qkv.view(3, batch, n_heads, pos, d_head).permute(1, 3, 0, 2, 4)
         return heads.contiguous(), None, None
