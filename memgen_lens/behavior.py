@@ -7,8 +7,10 @@ every hook fires. Does not know what the outputs are used for.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -91,7 +93,7 @@ def by_length(
     """
     if not prompts:
         return []
-    tokens, lengths = _tokenize(model, prompts)
+    tokens, lengths = tokenized(model, prompts)
     batches = []
     for length in torch.unique(lengths).tolist():
         same = (lengths == length).nonzero().flatten().split(batch_size)
@@ -215,8 +217,10 @@ def decode(model: LensModel, tokens: Int[Tensor, "batch new"]) -> list[str]:
     return [texts[i] for i in place.tolist()]
 
 
-def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens, right-padded, and the length of each prompt."""
+def tokenized(
+    model: LensModel, prompts: Sequence[str]
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, " prompt"]]:
+    """Tokens, padded on the right, and the length of each prompt; errors as in `by_length`."""
     call = "tokenizing prompts"
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.eos_token_id is None:
@@ -226,7 +230,7 @@ def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
             received="no tokenizer" if tokenizer is None else "a tokenizer without eos_token",
             fix="Pass one when the model is made: HookedTransformer(cfg, tokenizer=tokenizer).",
         )
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    encoded = _encoded(tokenizer, list(prompts))
     unknown = tokenizer.unk_token_id
     has_unknown = unknown is not None and unknown != tokenizer.eos_token_id
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -238,10 +242,14 @@ def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
                 received=repr(prompt) + (f", in which {', '.join(map(repr, lacking))} has no token" if lacking else ""),
                 fix="Use the tokenizer of the task that the model was trained on, or change the prompt.",
             )
-    tokens = model.to_tokens(list(prompts), padding_side="right", truncate=False)
-    # to_tokens may add a begin-of-text token; the shortest row tells, as padding is all that differs otherwise.
-    extra = tokens.shape[1] - max(map(len, encoded))
-    lengths = torch.tensor([len(ids) + extra for ids in encoded])
+    # TransformerLens may put a begin-of-text token before every prompt; the first prompt tells.
+    own = model.to_tokens(prompts[0], truncate=False)
+    before = own[0, : own.shape[1] - len(encoded[0])].tolist()
+    sizes = np.array([len(ids) for ids in encoded])
+    lengths = torch.from_numpy(sizes + len(before))
+    tokens = np.full((len(encoded), len(before) + int(sizes.max())), tokenizer.eos_token_id)
+    tokens[:, : len(before)] = before
+    tokens[:, len(before) :][np.arange(sizes.max()) < sizes[:, None]] = list(chain.from_iterable(encoded))
     if int(lengths.max()) > model.cfg.n_ctx:
         raise ModelError(
             call,
@@ -249,8 +257,19 @@ def _tokenize(model: LensModel, prompts: Sequence[str]) -> tuple[Tensor, Tensor]
             received=f"{int(lengths.max())} tokens: {prompts[int(lengths.argmax())]!r}"[:160],
             fix="Shorten the prompt.",
         )
-    require_same_device(model, tokens)
-    return tokens, lengths
+    on_device = torch.from_numpy(tokens).to(own.device)
+    require_same_device(model, on_device)
+    return on_device, lengths
+
+
+def _encoded(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt, nothing added."""
+    if not tokenizer.is_fast:
+        return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer  # without what transformers makes of each encoding: half of the time
+    backend.no_padding()  # that another call may have left behind; transformers sets its own at each call
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(prompts, add_special_tokens=False)]
 
 
 def _unknown_pieces(tokenizer: Any, text: str) -> list[str]:

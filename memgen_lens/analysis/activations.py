@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
-from memgen_lens.behavior import by_length
+from memgen_lens.behavior import by_length, tokenized
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
 from memgen_lens.core.items import Item
@@ -25,6 +25,8 @@ from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
 from memgen_lens.fast.products import fast_products
+from memgen_lens.fast.prompts import at_last_position, can_read
+from memgen_lens.fast.support import is_plain
 
 LAYER_SITES = (
     "resid_pre",
@@ -47,6 +49,8 @@ MODEL_SITES = ("embed", "pos_embed", "ln_final")
 EMBEDDING = "embedding"
 """Name under which the embedding at the answer position is kept beside the sites."""
 SIDES = ("memorized", "generalized")
+TOKENS_AT_ONCE = 40_960
+"""Tokens of one forward pass, where no number of prompts is asked for."""
 NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
 """Hook points whose second axis is heads, whatever its length."""
 
@@ -56,20 +60,23 @@ def record(
     pairs: PromptPairs,
     sites: Sequence[str],
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     out: str | Path | None = None,
 ) -> Activations:
     """Activations of both prompts of every pair at the answer position.
 
-    No cache of the model is made: a hook keeps the last position of the sites asked for, batch by batch, and the
-    forward pass stops after the last layer asked for. Prompts of one length share a batch; none is padded.
+    No cache of the model is made: the last position of the sites asked for is kept, batch by batch, and the forward
+    pass stops after the last layer asked for. Where the model is a plain HookedTransformer (no hooks on it, see
+    `memgen_lens.fast.support`), beginnings that prompts of a batch share are run once, and of the last layer the last
+    position alone; else the model's own forward runs, prompts of one length in a batch. The numbers are the same to
+    rounding.
 
     Args:
         model: A HookedTransformer; left without hooks, also after an exception.
         pairs: Prompt pairs, ours or a user's own.
         sites: TransformerLens short names, e.g. ``["resid_post", "post"]``; heads are flattened into the neuron
             axis (``z``: neuron = head * d_head + coordinate).
-        batch_size: Prompts in one forward pass.
+        batch_size: Prompts in one forward pass; default: as many as make some 40,000 tokens, at least 256.
         out: Directory to write the activations into as safetensors, one file a site, with a manifest. They are then
             read from there where and when they are used (`load_activations` opens them again), and memory does not
             grow with the pairs.
@@ -153,7 +160,7 @@ class RecordedBlock:
 
 
 def recorded_blocks(
-    model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int, call: str
+    model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int | None, call: str
 ) -> Iterator[RecordedBlock]:
     """Activations block by block, in the order of the pairs; nothing is kept of the blocks before.
 
@@ -168,25 +175,41 @@ def recorded_blocks(
     embedding = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
     names = {site: site_hooks(model, site) for site in sites}
     wanted = list(dict.fromkeys([*embedding, *(hook for hooks in names.values() for hook in hooks)]))
+    if batch_size is None:
+        longest = int(tokenized(model, [pairs.memorized[0].prompt, pairs.generalized[0].prompt])[1].max())
+        batch_size = max(256, TOKENS_AT_ONCE // longest)
     step = max(1, batch_size // 2)
     for first in range(0, len(pairs), step):
         block = slice(first, first + step)
         prompts = [item.prompt for item in (*pairs.memorized[block], *pairs.generalized[block])]
-        batches = by_length(model, prompts, batch_size=batch_size)
-        order = np.argsort([i for index, _ in batches for i in index])
-        kept: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-        for _, tokens in batches:
-            for name, value in last_position(model, tokens, wanted).items():
-                kept[name].append(value.float().cpu().numpy())
-        values = {name: np.concatenate(parts)[order] for name, parts in kept.items()}
+        values, tokens = _at_answer(model, prompts, wanted, batch_size=batch_size)
         sides = {site: np.stack([values[hook] for hook in hooks], axis=1) for site, hooks in names.items()}
         sides[EMBEDDING] = np.sum([values[hook] for hook in embedding], axis=0)[:, None]
-        tokens = _pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts))
         yield RecordedBlock(
             first,
             {site: value.reshape(2, -1, *value.shape[1:]) for site, value in sides.items()},
             tokens.reshape(2, -1, tokens.shape[1]),
         )
+
+
+def _at_answer(
+    model: LensModel, prompts: list[str], hooks: Sequence[str], *, batch_size: int
+) -> tuple[dict[str, Float[np.ndarray, "prompt neuron"]], Int[np.ndarray, "prompt pos"]]:
+    """What hook points give at the prompts' last position, and the prompts' tokens, padded with -1."""
+    if is_plain(model) and can_read(hooks):
+        padded, lengths = tokenized(model, prompts)
+        values = at_last_position(model, padded, lengths, hooks)
+        filled = torch.arange(padded.shape[1]) < lengths[:, None]
+        tokens = padded.cpu().masked_fill(~filled, -1).numpy()
+        return {name: value.cpu().numpy() for name, value in values.items()}, tokens
+    batches = by_length(model, prompts, batch_size=batch_size)
+    order = np.argsort([i for index, _ in batches for i in index])
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in hooks}
+    for _, tokens in batches:
+        for name, value in last_position(model, tokens, hooks).items():
+            kept[name].append(value.float().cpu().numpy())
+    in_order = {name: np.concatenate(parts)[order] for name, parts in kept.items()}
+    return in_order, _pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts))
 
 
 @torch.inference_mode()

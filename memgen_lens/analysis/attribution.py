@@ -15,6 +15,7 @@ from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
 from memgen_lens.core.types import LensModel
+from memgen_lens.fast.memory import freed_memory_kept
 
 PAIRS_A_BLOCK = 1024
 
@@ -70,7 +71,7 @@ def attribute_streaming(
     split: PairSplit | None = "select",
     n_permutations: int = 1000,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> dict[str, NeuronScores]:
     """`attribute`, straight from the model: one pass over the prompts, no activation kept.
 
@@ -84,7 +85,7 @@ def attribute_streaming(
         split: See `attribute`.
         n_permutations: See `attribute`.
         seed: See `attribute`.
-        batch_size: Prompts in one forward pass.
+        batch_size: See `record`.
 
     Returns:
         By site, the scores that ``attribute(record(model, pairs, sites), site)`` gives, to rounding.
@@ -100,13 +101,14 @@ def attribute_streaming(
     scored = pairs.take(_pairs_of(pairs, split, call=call))
     moments: dict[str, PairMoments] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
-        for site, (mem, gen) in block.sides.items():
-            if site == EMBEDDING:
-                continue
-            shapes[site] = mem.shape[1:]
-            running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
-            running.add(mem.reshape(len(mem), -1), gen.reshape(len(gen), -1))
+    with freed_memory_kept():
+        for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
+            for site, (mem, gen) in block.sides.items():
+                if site == EMBEDDING:
+                    continue
+                shapes[site] = mem.shape[1:]
+                running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
+                running.add(mem.reshape(len(mem), -1), gen.reshape(len(gen), -1))
     return {site: _scores(site, running, shapes[site]) for site, running in moments.items()}
 
 

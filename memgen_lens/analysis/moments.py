@@ -5,8 +5,12 @@ models; `attribution` turns moments into scores.
 """
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+PAIRS_AT_ONCE = 128
+"""Pairs that are merged together: their float64 copies stay in the processor's cache."""
 PAIRS_A_CHUNK = 1024
 """Pairs whose sign flips are drawn together: the flips of a pair depend on its place and the seed, on no block size."""
 PERMUTATIONS_A_BLOCK = 250
@@ -36,33 +40,46 @@ class PairMoments:
         """
         if self.n == 0:
             width = mem.shape[1]
-            self.mean_mem, self.mean_gen, self.deviation, self.largest, self.square_sum = np.zeros((5, width))
-            self.flipped = np.zeros((self.n_permutations, width))
-        mem, gen = mem.astype(np.float64), gen.astype(np.float64)
-        rows, n = len(mem), self.n + len(mem)
-        mean_mem, mean_gen = mem.mean(0), gen.mean(0)
-        # Both sides as one sample: their own deviation, and what parts their mean from the mean so far.
-        middle, before = (mean_mem + mean_gen) / 2, (self.mean_mem + self.mean_gen) / 2
-        within = np.square(mem - middle).sum(0) + np.square(gen - middle).sum(0)
-        self.deviation += within + np.square(middle - before) * (2 * self.n * rows / n)
-        self.mean_mem += (mean_mem - self.mean_mem) * (rows / n)
-        self.mean_gen += (mean_gen - self.mean_gen) * (rows / n)
-        np.maximum(self.largest, np.maximum(np.abs(mem).max(0), np.abs(gen).max(0)), out=self.largest)
+            self._means, self._deviation, self._largest, self._square_sum = (
+                torch.zeros(2, width, dtype=torch.float64),
+                *torch.zeros(3, width, dtype=torch.float64),
+            )
+            self._flipped = np.zeros((1 + self.n_permutations, width))
         if self.n_permutations:
-            difference = mem - gen
-            self.square_sum += np.square(difference).sum(0)
-            self._flip(difference)
+            self._flip(mem, gen)
+        for first in range(0, len(mem), PAIRS_AT_ONCE):
+            some = slice(first, first + PAIRS_AT_ONCE)
+            self._merge([torch.from_numpy(np.require(side[some], requirements="W")) for side in (mem, gen)])
+
+    def _merge(self, sides: list[Tensor]) -> None:
+        rows, n = len(sides[0]), self.n + len(sides[0])
+        for side in sides:
+            torch.maximum(self._largest, torch.maximum(side.amax(0), -side.amin(0)), out=self._largest)
+        mem, gen = (side.double() for side in sides)
+        if self.n_permutations:
+            self._square_sum += (mem - gen).square().sum(0)
+        means = torch.stack([mem.mean(0), gen.mean(0)])
+        # Both sides as one sample: their own deviation, and what parts their mean from the mean so far.
+        middle, before = means.mean(0), self._means.mean(0)
+        within = sum(side.sub(middle).square_().sum(0) for side in (mem, gen))
+        self._deviation += within + (middle - before).square() * (2 * self.n * rows / n)
+        self._means += (means - self._means) * (rows / n)
         self.n = n
 
     @property
-    def constant(self) -> np.ndarray:
+    def std(self) -> Float[np.ndarray, " neuron"]:
+        """Standard deviation over both sides."""
+        return (self._deviation / (2 * self.n)).sqrt().numpy()
+
+    @property
+    def constant(self) -> Bool[np.ndarray, " neuron"]:
         """Neurons with one value throughout, to rounding of float32."""
-        return np.sqrt(self.deviation / (2 * self.n)) <= 1e-7 * np.maximum(self.largest, 1e-30)
+        return self.std <= 1e-7 * np.maximum(self._largest.numpy(), 1e-30)
 
     @property
     def nmd(self) -> Float[np.ndarray, " neuron"]:
         """Mean difference; 0 for a constant neuron, of which rounding leaves something else."""
-        return np.where(self.constant, 0.0, self.mean_mem - self.mean_gen)
+        return np.where(self.constant, 0.0, (self._means[0] - self._means[1]).numpy())
 
     @property
     def rho(self) -> Float[np.ndarray, " neuron"]:
@@ -71,8 +88,7 @@ class PairMoments:
         With as many rows on each side, the label has mean 1/2 and deviation 1/2, so that
         ``rho = (mean_mem - mean_gen) / (2 * std)`` with the standard deviation over both sides.
         """
-        deviation = np.sqrt(self.deviation / (2 * self.n))
-        return self.nmd / 2 / np.where(self.constant, 1.0, deviation)
+        return self.nmd / 2 / np.where(self.constant, 1.0, self.std)
 
     def p_values(self) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]]:
         """Two-sided paired sign-flip p-values of each neuron, and the same against the largest over all (max-T).
@@ -81,34 +97,38 @@ class PairMoments:
         """
         if not self.n_permutations:
             return np.full(len(self.nmd), np.nan), np.full(len(self.nmd), np.nan)
-        square_sum = np.where(self.constant, 0.0, self.square_sum)  # unchanged by any flip
-        observed = _abs_t(self.nmd * self.n, square_sum, self.n)
+        square_sum = np.where(self.constant, 0.0, self._square_sum.numpy())  # unchanged by any flip
+        sums = np.where(self.constant, 0.0, self._flipped)
+        observed = _abs_t(sums[0], square_sum, self.n)
         reached = observed * (1 - 1e-9)  # rounding must not decide ties, of which few pairs have many
         hits, family_hits = np.zeros(len(observed)), np.zeros(len(observed))
-        for first in range(0, self.n_permutations, PERMUTATIONS_A_BLOCK):
-            sums = np.where(self.constant, 0.0, self.flipped[first : first + PERMUTATIONS_A_BLOCK])
-            permuted = _abs_t(sums, square_sum, self.n)
+        for first in range(1, len(sums), PERMUTATIONS_A_BLOCK):
+            permuted = _abs_t(sums[first : first + PERMUTATIONS_A_BLOCK], square_sum, self.n)
             hits += (permuted >= reached).sum(0)
             family_hits += (permuted.max(1, keepdims=True) >= reached).sum(0)
         return (1 + hits) / (1 + self.n_permutations), (1 + family_hits) / (1 + self.n_permutations)
 
-    def _flip(self, difference: Float[np.ndarray, "pair neuron"]) -> None:
+    def _flip(self, mem: Float[np.ndarray, "pair neuron"], gen: Float[np.ndarray, "pair neuron"]) -> None:
         """Add the differences to the sum of each permutation, with that permutation's signs."""
         done = 0
-        while done < len(difference):
+        while done < len(mem):
             chunk, start = divmod(self.n + done, PAIRS_A_CHUNK)
             if chunk != self._chunk:
                 self._chunk, self._signs = chunk, _signs(self.n_permutations, [self.seed, chunk])
-            part = difference[done : done + PAIRS_A_CHUNK - start]
-            self.flipped += self._signs[:, start : start + len(part)] @ part
-            done += len(part)
+            part = slice(done, done + PAIRS_A_CHUNK - start)
+            difference = np.subtract(mem[part], gen[part], dtype=np.float64)
+            self._flipped += self._signs[:, start : start + len(difference)] @ difference
+            done += len(difference)
 
 
 def _signs(n_permutations: int, seed: list[int]) -> Float[np.ndarray, "permutation pair"]:
-    """Random signs of the pairs of one chunk, drawn once for all neurons, so that max-T holds under dependence."""
+    """Signs of the pairs of one chunk, drawn once for all neurons, so that max-T holds under dependence.
+
+    The first row flips nothing: what was observed is summed as its permutations are, so that rounding parts no tie.
+    """
     drawn = np.random.default_rng(seed).bytes(n_permutations * PAIRS_A_CHUNK // 8)
     bits = np.unpackbits(np.frombuffer(drawn, np.uint8)).astype(np.float64)
-    return (2 * bits - 1).reshape(n_permutations, PAIRS_A_CHUNK)
+    return np.vstack([np.ones(PAIRS_A_CHUNK), (2 * bits - 1).reshape(n_permutations, PAIRS_A_CHUNK)])
 
 
 def _abs_t(sums: np.ndarray, square_sum: np.ndarray, n: int) -> np.ndarray:

@@ -13,30 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memgen_lens.fast.mlp import ACTIVATIONS, mlp
+from memgen_lens.fast.attention import ShortAttention, fused_attention
+from memgen_lens.fast.blocks import norm, qkv_weights, rotated
+from memgen_lens.fast.mlp import mlp
 from memgen_lens.fast.products import linear
-from memgen_lens.fast.short_attention import ShortAttention
-
-UNUSUAL = (
-    "attn_only",
-    "final_rms",
-    "parallel_attn_mlp",
-    "use_normalization_before_and_after",
-    "use_attn_result",
-    "use_split_qkv_input",
-    "use_attn_in",
-    "use_hook_mlp_in",
-    "use_local_attn",
-    "use_qk_norm",
-    "use_attention_sinks",
-    "use_logn_attn",
-    "post_embedding_ln",
-    "use_hook_tokens",
-    "scale_attn_by_inverse_layer_idx",
-    "load_in_4bit",
-)
-"""TransformerLens settings that must be off for this forward to be the same as the model's."""
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -61,33 +41,6 @@ class Rows:
         return Rows(self.tokens.to(device), self.labels.to(device), self.start)
 
 
-def why_not(cfg: Any) -> str | None:
-    """Why a model of this configuration needs TransformerLens' own forward; None if it does not."""
-    unusual = [name for name in UNUSUAL if getattr(cfg, name, False)]
-    if unusual:
-        return f"{unusual[0]} is set"
-    allowed = {
-        "act_fn": tuple(ACTIVATIONS),
-        "normalization_type": ("LN", "LNPre", "RMS", "RMSPre", None),
-        "positional_embedding_type": ("standard", "rotary"),
-        "attention_dir": ("causal",),
-        "original_architecture": (None, "GPT2LMHeadModel"),
-        "n_key_value_heads": (None,),
-        "num_experts": (None,),
-        "clip_qkv": (None,),
-        "n_devices": (1,),
-        "dtype": (torch.float32,),
-    }
-    for name, values in allowed.items():
-        value = getattr(cfg, name, None)
-        if value not in values:
-            return f"{name} is {value!r}"
-    for name in ("attn_scores_soft_cap", "output_logits_soft_cap"):
-        if (getattr(cfg, name, None) or -1) > 0:
-            return f"{name} is set"
-    return None
-
-
 def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
     """Logits of all groups at and after each group's first label, row by row, group after group.
 
@@ -102,12 +55,12 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
     for index, block in enumerate(model.blocks):
         last = index == cfg.n_layers - 1
         starts = [rows.start if last else 0 for rows in groups]
-        z = _attention(block.attn, _norm(block.ln1, x, cfg), shapes, starts, cfg)
+        z = _attention(block.attn, norm(block.ln1, x, cfg), shapes, starts, cfg)
         if last:
             x = _after(x, shapes, starts)
         x = x + linear(z, block.attn.W_O.flatten(0, 1), block.attn.b_O)
-        x = x + mlp(block.mlp, _norm(block.ln2, x, cfg), cfg)
-    x = _norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
+        x = x + mlp(block.mlp, norm(block.ln2, x, cfg), cfg)
+    x = norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
     return linear(x, model.unembed.W_U, model.unembed.b_U)
 
 
@@ -128,41 +81,19 @@ def _after(x: Float[Tensor, "token d"], shapes: list[tuple[int, ...]], starts: l
     )
 
 
-def _norm(norm: Any, x: Float[Tensor, "token d"], cfg: Any) -> Float[Tensor, "token d"]:
-    if cfg.normalization_type is None:
-        return x
-    if cfg.normalization_type.startswith("LN"):
-        return F.layer_norm(x, (cfg.d_model,), getattr(norm, "w", None), getattr(norm, "b", None), cfg.eps)
-    return F.rms_norm(x, (cfg.d_model,), getattr(norm, "w", None), cfg.eps)
-
-
 def _attention(
     attn: Any, x: Float[Tensor, "token d_model"], shapes: list[tuple[int, ...]], starts: list[int], cfg: Any
 ) -> Float[Tensor, "kept head_d_head"]:
     """Causal attention, group by group; queries only from each group's start on."""
     width = cfg.n_heads * cfg.d_head
-    # [head, d_model, d_head] -> [d_model, head * d_head], the three side by side
-    weight = torch.cat([w.transpose(0, 1).reshape(cfg.d_model, width) for w in (attn.W_Q, attn.W_K, attn.W_V)], 1)
-    bias = torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)])
-    qkv = linear(x, weight, bias)
+    qkv = linear(x, *qkv_weights(attn, cfg))
     outputs = []
     parts = qkv.split([batch * pos for batch, pos in shapes]) if len(shapes) > 1 else [qkv]
+    scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
     for part, (batch, pos), start in zip(parts, shapes, starts, strict=True):
-        heads = part.view(batch, pos, 3, cfg.n_heads, cfg.d_head)
-        if cfg.positional_embedding_type == "rotary":
-            q, k, v = heads.unbind(2)
-            turned = [attn.apply_rotary(q), attn.apply_rotary(k)]  # float32 also where all else is bfloat16
-            heads = torch.stack([*(t.to(v.dtype) for t in turned), v], 2)
-        scale = 1 / attn.attn_scale if cfg.use_attn_scale else 1.0
-        if _has_fused_attention(x):
-            q, k, v = heads.transpose(1, 3).unbind(2)  # 3 x [batch, head, pos, d_head]
-            seen = torch.ones(pos, pos, dtype=torch.bool, device=x.device).tril()[start:] if start else None
-            z = F.scaled_dot_product_attention(
-                q[:, :, start:], k, v, attn_mask=seen, is_causal=seen is None, scale=scale
-            ).transpose(1, 2)
-        else:
-            z = ShortAttention.apply(heads, start, scale)
-        outputs.append(z.reshape(-1, width))
+        heads = rotated(attn, part.view(batch, pos, 3, cfg.n_heads, cfg.d_head), cfg)
+        attend = fused_attention if _has_fused_attention(x) else ShortAttention.apply
+        outputs.append(attend(heads, start, scale).reshape(-1, width))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -328,9 +328,10 @@ def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeyp
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("the third batch")
-        return last_position(*arguments, **keywords)
+        return at_answer(*arguments, **keywords)
 
-    monkeypatch.setattr(activations, "last_position", fail_later)
+    at_answer = activations._at_answer
+    monkeypatch.setattr(activations, "_at_answer", fail_later)
     with pytest.raises(RuntimeError, match="the third batch"):
         mg.record(learned.model, learned.pairs, ["post"], batch_size=16, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
