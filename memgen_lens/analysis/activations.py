@@ -3,12 +3,12 @@
 The answer position is the last token of a prompt, whose logits pick the first answer token. Does not score.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
+from memgen_lens.fast.blocks import Blocks
 from memgen_lens.fast.products import fast_products
 from memgen_lens.fast.prompts import at_last_position, can_read
 from memgen_lens.fast.support import is_plain
@@ -49,7 +50,7 @@ MODEL_SITES = ("embed", "pos_embed", "ln_final")
 EMBEDDING = "embedding"
 """Name under which the embedding at the answer position is kept beside the sites."""
 SIDES = ("memorized", "generalized")
-TOKENS_AT_ONCE = 40_960
+TOKENS_AT_ONCE = 20_480
 """Tokens of one forward pass, where no number of prompts is asked for."""
 NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
 """Hook points whose second axis is heads, whatever its length."""
@@ -76,7 +77,7 @@ def record(
         pairs: Prompt pairs, ours or a user's own.
         sites: TransformerLens short names, e.g. ``["resid_post", "post"]``; heads are flattened into the neuron
             axis (``z``: neuron = head * d_head + coordinate).
-        batch_size: Prompts in one forward pass; default: as many as make some 40,000 tokens, at least 256.
+        batch_size: Prompts in one forward pass; default: as many as make some 20,000 tokens, at least 256.
         out: Directory to write the activations into as safetensors, one file a site, with a manifest. They are then
             read from there where and when they are used (`load_activations` opens them again), and memory does not
             grow with the pairs.
@@ -173,43 +174,57 @@ def recorded_blocks(
         raise SiteError(call, expected="a list of sites", received=repr(sites), fix=f"Write sites=[{sites!r}].")
     pairs.require(1, len(pairs), call=call)
     embedding = [name for name in ("hook_embed", "hook_pos_embed") if name in model.hook_dict]
-    names = {site: site_hooks(model, site) for site in sites}
-    wanted = list(dict.fromkeys([*embedding, *(hook for hooks in names.values() for hook in hooks)]))
+    groups = {site: site_hooks(model, site) for site in sites} | {EMBEDDING: embedding}
     if batch_size is None:
         longest = int(tokenized(model, [pairs.memorized[0].prompt, pairs.generalized[0].prompt])[1].max())
         batch_size = max(256, TOKENS_AT_ONCE // longest)
     step = max(1, batch_size // 2)
+    read = _reader(model, groups, batch_size)
     for first in range(0, len(pairs), step):
-        block = slice(first, first + step)
-        prompts = [item.prompt for item in (*pairs.memorized[block], *pairs.generalized[block])]
-        values, tokens = _at_answer(model, prompts, wanted, batch_size=batch_size)
-        sides = {site: np.stack([values[hook] for hook in hooks], axis=1) for site, hooks in names.items()}
-        sides[EMBEDDING] = np.sum([values[hook] for hook in embedding], axis=0)[:, None]
-        yield RecordedBlock(
-            first,
-            {site: value.reshape(2, -1, *value.shape[1:]) for site, value in sides.items()},
-            tokens.reshape(2, -1, tokens.shape[1]),
-        )
+        yield _recorded(read, pairs, slice(first, first + step))
 
 
-def _at_answer(
-    model: LensModel, prompts: list[str], hooks: Sequence[str], *, batch_size: int
-) -> tuple[dict[str, Float[np.ndarray, "prompt neuron"]], Int[np.ndarray, "prompt pos"]]:
-    """What hook points give at the prompts' last position, and the prompts' tokens, padded with -1."""
-    if is_plain(model) and can_read(hooks):
+class _Read(NamedTuple):
+    """What groups of hook points give at the last position of prompts, and the prompts' tokens, padded with -1."""
+
+    values: dict[str, Float[np.ndarray, "prompt layer neuron"]]
+    tokens: Int[np.ndarray, "prompt pos"]
+
+
+def _recorded(read: Callable[[list[str]], _Read], pairs: PromptPairs, block: slice) -> RecordedBlock:
+    values, tokens = read([item.prompt for item in (*pairs.memorized[block], *pairs.generalized[block])])
+    values[EMBEDDING] = values[EMBEDDING].sum(1, keepdims=True)
+    sides = {site: value.reshape(2, -1, *value.shape[1:]) for site, value in values.items()}
+    return RecordedBlock(block.start, sides, tokens.reshape(2, -1, tokens.shape[1]))
+
+
+def _reader(model: LensModel, groups: Mapping[str, list[str]], batch_size: int) -> Callable[[list[str]], _Read]:
+    """What reads the hook points: the fast forward where it can, else the model's own."""
+    hooks = list(dict.fromkeys(hook for group in groups.values() for hook in group))
+
+    def fast(prompts: list[str]) -> _Read:
         padded, lengths = tokenized(model, prompts)
-        values = at_last_position(model, padded, lengths, hooks)
+        found = at_last_position(blocks, padded, lengths, list(groups.values()))
         filled = torch.arange(padded.shape[1]) < lengths[:, None]
-        tokens = padded.cpu().masked_fill(~filled, -1).numpy()
-        return {name: value.cpu().numpy() for name, value in values.items()}, tokens
-    batches = by_length(model, prompts, batch_size=batch_size)
-    order = np.argsort([i for index, _ in batches for i in index])
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in hooks}
-    for _, tokens in batches:
-        for name, value in last_position(model, tokens, hooks).items():
-            kept[name].append(value.float().cpu().numpy())
-    in_order = {name: np.concatenate(parts)[order] for name, parts in kept.items()}
-    return in_order, _pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts))
+        values = {name: values.cpu().numpy() for name, values in zip(groups, found, strict=True)}
+        return _Read(values, padded.cpu().masked_fill(~filled, -1).numpy())
+
+    def own(prompts: list[str]) -> _Read:
+        batches = by_length(model, prompts, batch_size=batch_size)
+        order = np.argsort([i for index, _ in batches for i in index])
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in hooks}
+        for _, tokens in batches:
+            for name, value in last_position(model, tokens, hooks).items():
+                kept[name].append(value.float().cpu().numpy())
+        in_order = {name: np.concatenate(parts)[order] for name, parts in kept.items()}
+        values = {name: np.stack([in_order[hook] for hook in group], axis=1) for name, group in groups.items()}
+        return _Read(values, _pad([(index, tokens.cpu().numpy()) for index, tokens in batches], len(prompts)))
+
+    if not is_plain(model) or not can_read(hooks):
+        return own
+    with torch.inference_mode():
+        blocks = Blocks(model)
+    return fast
 
 
 @torch.inference_mode()

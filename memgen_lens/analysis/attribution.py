@@ -15,7 +15,6 @@ from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
 from memgen_lens.core.types import LensModel
-from memgen_lens.fast.memory import freed_memory_kept
 
 PAIRS_A_BLOCK = 1024
 
@@ -59,7 +58,7 @@ def attribute(
     moments = PairMoments(n_permutations=n_permutations, seed=seed)
     for first in range(0, len(index), PAIRS_A_BLOCK):
         rows = index[first : first + PAIRS_A_BLOCK]
-        moments.add(*(side[rows].reshape(len(rows), -1) for side in (recorded.memorized, recorded.generalized)))
+        moments.add(recorded.memorized[rows], recorded.generalized[rows])
     return _scores(site, moments, recorded.memorized.shape[1:])
 
 
@@ -101,14 +100,14 @@ def attribute_streaming(
     scored = pairs.take(_pairs_of(pairs, split, call=call))
     moments: dict[str, PairMoments] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    with freed_memory_kept():
-        for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
-            for site, (mem, gen) in block.sides.items():
-                if site == EMBEDDING:
-                    continue
-                shapes[site] = mem.shape[1:]
-                running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
-                running.add(mem.reshape(len(mem), -1), gen.reshape(len(gen), -1))
+    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
+        for site, (mem, gen) in block.sides.items():
+            if site == EMBEDDING:
+                continue
+            shapes[site] = mem.shape[1:]
+            running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
+            running.add(mem, gen)
+        del block, mem, gen  # before the next is made
     return {site: _scores(site, running, shapes[site]) for site, running in moments.items()}
 
 

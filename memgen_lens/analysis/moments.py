@@ -31,15 +31,15 @@ class PairMoments:
         self.n = 0
         self._chunk, self._signs = -1, np.empty((0, 0))
 
-    def add(self, mem: Float[np.ndarray, "pair neuron"], gen: Float[np.ndarray, "pair neuron"]) -> None:
+    def add(self, mem: Float[np.ndarray, "pair *neuron"], gen: Float[np.ndarray, "pair *neuron"]) -> None:
         """Merge the next pairs, in their order.
 
         Args:
-            mem: Activations on the recalling side.
+            mem: Activations on the recalling side; all axes but the first are flattened into neurons.
             gen: On the computing side.
         """
         if self.n == 0:
-            width = mem.shape[1]
+            width = mem[0].size
             self._means, self._deviation, self._largest, self._square_sum = (
                 torch.zeros(2, width, dtype=torch.float64),
                 *torch.zeros(3, width, dtype=torch.float64),
@@ -49,7 +49,8 @@ class PairMoments:
             self._flip(mem, gen)
         for first in range(0, len(mem), PAIRS_AT_ONCE):
             some = slice(first, first + PAIRS_AT_ONCE)
-            self._merge([torch.from_numpy(np.require(side[some], requirements="W")) for side in (mem, gen)])
+            sides = [side[some].reshape(len(side[some]), -1) for side in (mem, gen)]
+            self._merge([torch.from_numpy(np.require(side, requirements="W")) for side in sides])
 
     def _merge(self, sides: list[Tensor]) -> None:
         rows, n = len(sides[0]), self.n + len(sides[0])
@@ -108,7 +109,7 @@ class PairMoments:
             family_hits += (permuted.max(1, keepdims=True) >= reached).sum(0)
         return (1 + hits) / (1 + self.n_permutations), (1 + family_hits) / (1 + self.n_permutations)
 
-    def _flip(self, mem: Float[np.ndarray, "pair neuron"], gen: Float[np.ndarray, "pair neuron"]) -> None:
+    def _flip(self, mem: Float[np.ndarray, "pair *neuron"], gen: Float[np.ndarray, "pair *neuron"]) -> None:
         """Add the differences to the sum of each permutation, with that permutation's signs."""
         done = 0
         while done < len(mem):
@@ -116,7 +117,7 @@ class PairMoments:
             if chunk != self._chunk:
                 self._chunk, self._signs = chunk, _signs(self.n_permutations, [self.seed, chunk])
             part = slice(done, done + PAIRS_A_CHUNK - start)
-            difference = np.subtract(mem[part], gen[part], dtype=np.float64)
+            difference = np.subtract(mem[part], gen[part], dtype=np.float64).reshape(len(mem[part]), -1)
             self._flipped += self._signs[:, start : start + len(difference)] @ difference
             done += len(difference)
 

@@ -38,7 +38,7 @@ BLOCK_SITES = (
 """Sites of a block that can be tapped, in their order."""
 MODEL_SITES = ("hook_embed", "hook_pos_embed", "ln_final.hook_normalized")
 """Sites outside the blocks that can be tapped."""
-PIECE = 2048
+PIECE = 1024
 """Rows that go through a block's products together: what they need in between stays in the processor's cache."""
 
 
@@ -52,6 +52,7 @@ class Blocks:
     def __init__(self, model: Any) -> None:
         self.model, self.cfg = model, model.cfg
         self.scale = 1 / float(model.blocks[0].attn.attn_scale) if model.cfg.use_attn_scale else 1.0
+        self._buffers: dict[str, Tensor] = {}
         self._qkv = [qkv_weights(block.attn, model.cfg) for block in model.blocks]
 
     def embed(
@@ -76,26 +77,36 @@ class Blocks:
 
         Args:
             layer: Which.
-            x: The residual stream before it.
+            x: The residual stream before it; what is given for it is good until the block after the next is run.
             attend: Attention over all rows.
             taps: Looks and hands at sites.
             rows: The rows that go on behind attention, as ``attend`` gives them, each any number of times; None = all.
         """
         cfg = self.cfg
-        x = x.clone() if f"blocks.{layer}.hook_resid_pre" in taps else x
-        qkv = self._before_attention(layer, x, 0, taps)
+        qkv = self.buffer("qkv", len(x), self._qkv[layer][0].shape[1])
+        for first in range(0, len(x), PIECE):
+            piece = slice(first, first + PIECE)
+            qkv[piece] = self._before_attention(layer, x[piece], first, taps)
         z = attend(qkv.view(len(x), 3, cfg.n_heads, cfg.d_head))
         x = x if rows is None else x.index_select(0, rows)
-        out = torch.empty_like(x)
+        out = self.buffer(f"residual {layer % 2}", len(x), cfg.d_model)
         for first in range(0, len(x), PIECE):
             piece = slice(first, first + PIECE)
             out[piece] = self._behind_attention(layer, x[piece], z[piece], first, taps)
         return out
 
+    def buffer(self, name: str, n_rows: int, width: int) -> Float[Tensor, "row width"]:
+        """Room for rows, the same at every call: large blocks taken anew would leave holes in the process's memory."""
+        room = self._buffers.get(name)
+        if room is None or room.numel() < n_rows * width:
+            weights = self.model.embed.W_E
+            room = self._buffers[name] = torch.empty(n_rows * width * 5 // 4, dtype=weights.dtype, device=weights.device)
+        return room[: n_rows * width].view(n_rows, width)
+
     def _before_attention(
         self, layer: int, x: Float[Tensor, "row d_model"], first: int, taps: Taps
     ) -> Float[Tensor, "row width3"]:
-        """Queries, keys and values of some rows; ``x`` becomes what the taps make of it."""
+        """Queries, keys and values of some rows; in ``x`` stands then what the taps make of it."""
         prefix = f"blocks.{layer}."
         if prefix + "hook_resid_pre" in taps:
             x.copy_(taps[prefix + "hook_resid_pre"](x, first))

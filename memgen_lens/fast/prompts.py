@@ -77,56 +77,85 @@ def can_read(hooks: Sequence[str]) -> bool:
 
 @torch.inference_mode()
 def at_last_position(
-    model: Any, tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"], hooks: Sequence[str]
-) -> dict[str, Float[Tensor, "prompt neuron"]]:
+    blocks: Blocks,
+    tokens: Int[Tensor, "prompt pos"],
+    lengths: Int[Tensor, " prompt"],
+    groups: Sequence[Sequence[str]],
+) -> list[Float[Tensor, "prompt layer neuron"]]:
     """What hook points give at the last position of each prompt.
 
     In the last block that a hook lies in, only that position is computed behind attention; later blocks are not run.
 
     Args:
-        model: A model that `support.is_plain` is true of.
+        blocks: The model.
         tokens: Prompts, padded on the right.
         lengths: Tokens of each.
-        hooks: Full hook-point names that `can_read`; heads are flattened.
+        groups: Hook points, by full names that `can_read`; those of one group have one width, heads flattened.
+
+    Returns:
+        For each group what its hook points give, stacked.
     """
-    blocks, found = Blocks(model), dict[str, Tensor]()
+    found = _Found(len(tokens), groups)
     # In their order, prompts stand beside those that they share their beginning with.
     order = torch.from_numpy(np.lexsort(tokens.cpu().numpy().T[::-1])).to(tokens.device)
     for prompts in order.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
         some = lengths.to(tokens.device)[prompts]
-        for name, values in _read(blocks, tokens[prompts, : int(some.max())], some, hooks).items():
-            if name not in found:
-                found[name] = values.new_empty(len(tokens), values.shape[1])
-            found[name].index_copy_(0, prompts, values)
-    return found
+        _read(blocks, tokens[prompts, : int(some.max())], some, prompts, found)
+    return [values.transpose(0, 1) for values in found.values]
+
+
+class _Found:
+    """What has been read so far, and who reads it.
+
+    Args:
+        n_prompts: Prompts in all.
+        groups: See `at_last_position`.
+    """
+
+    def __init__(self, n_prompts: int, groups: Sequence[Sequence[str]]) -> None:
+        self.n_prompts, self.groups = n_prompts, groups
+        self.values = [torch.empty(0)] * len(groups)
+        self.places: dict[str, list[tuple[int, int]]] = {}
+        for group, names in enumerate(groups):
+            for layer, name in enumerate(names):
+                self.places.setdefault(name, []).append((group, layer))
+
+    def keep(self, name: str, prompts: Int[Tensor, " row"], h: Float[Tensor, "row neuron"]) -> None:
+        """Keep a hook point's values of some prompts."""
+        for group, layer in self.places[name]:
+            if not len(self.values[group]):
+                self.values[group] = h.new_empty(len(self.groups[group]), self.n_prompts, h.shape[1])
+            self.values[group][layer].index_copy_(0, prompts, h)
 
 
 def _read(
-    blocks: Blocks, tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"], hooks: Sequence[str]
-) -> dict[str, Float[Tensor, "prompt neuron"]]:
-    """`at_last_position` of prompts that are run together."""
+    blocks: Blocks,
+    tokens: Int[Tensor, "prompt pos"],
+    lengths: Int[Tensor, " prompt"],
+    prompts: Int[Tensor, " prompt"],
+    found: _Found,
+) -> None:
+    """`at_last_position` of prompts that are run together; ``prompts`` are their numbers."""
     tree, start = PrefixTree.of(tokens, lengths), int(lengths.min()) - 1
-    behind = any(hook.startswith("ln_final") for hook in hooks)
-    layers = [int(hook.split(".")[1]) for hook in hooks if hook.startswith("blocks.")]
+    behind = any(name.startswith("ln_final") for name in found.places)
+    layers = [int(name.split(".")[1]) for name in found.places if name.startswith("blocks.")]
     stop = blocks.cfg.n_layers if behind else max(layers, default=-1) + 1
-    found: dict[str, Tensor] = {}
     at: Tensor | None = tree.word[tree.last]
     """The row of each prompt's last position: a word before the first layer's attention, then a node, in the end its own."""
 
     def reader(name: str) -> Any:
         def read(h: Tensor, first: int) -> Tensor:
-            if name not in found:
-                found[name] = h.new_empty(len(tokens), h.shape[1])
             if at is None:
-                found[name][first : first + len(h)] = h
+                found.keep(name, prompts[first : first + len(h)], h)
             else:
                 inside = ((at >= first) & (at < first + len(h))).nonzero().flatten()
-                found[name].index_copy_(0, inside, h.index_select(0, at[inside] - first))
+                values = blocks.buffer("read", len(inside), h.shape[1])
+                found.keep(name, prompts[inside], torch.index_select(h, 0, at[inside] - first, out=values))
             return h
 
         return read
 
-    taps: Taps = {name: reader(name) for name in hooks}
+    taps: Taps = {name: reader(name) for name in found.places}
     x, path = blocks.embed(tree.tokens, tree.positions, taps), tree.word[tree.path]
     for layer in range(stop):
         ends = layer == stop - 1
@@ -137,14 +166,13 @@ def _read(
             if ends:
                 z = _attended(blocks, layer, qkv, path, start)
                 return z[torch.arange(len(z), device=z.device), lengths - 1 - start]
-            return _attended(blocks, layer, qkv, path).flatten(0, 1).index_select(0, tree.place)
+            return _of_nodes(blocks, _attended(blocks, layer, qkv, path), tree)
 
         kept = tree.last if ends else None
         rows = kept if layer else tree.word if kept is None else tree.word[kept]
         x, path = blocks.run(layer, x, attend, taps, rows=rows), tree.path
     if behind:
         blocks.logits(x, taps)
-    return found
 
 
 @torch.inference_mode()
@@ -167,7 +195,7 @@ def keys_and_values(
             found.append(heads[:, :, 1:].movedim(2, 0).contiguous())
             if ends:
                 return qkv.new_empty(0, cfg.n_heads * cfg.d_head)
-            return _attended(blocks, layer, qkv, path).flatten(0, 1).index_select(0, tree.place)
+            return _of_nodes(blocks, _attended(blocks, layer, qkv, path), tree)
 
         # Behind the last layer's keys and values nothing is wanted: no row goes on.
         rows = tree.last[:0] if ends else None if layer else tree.word
@@ -180,12 +208,18 @@ def _attended(
 ) -> Float[Tensor, "prompt kept width"]:
     """Attention of the prompts' positions from ``start`` on, whose rows ``path`` tells."""
     n_prompts, n_positions = path.shape
-    z = qkv.new_empty(n_prompts, n_positions - start, qkv[0, 0].numel())
+    n_kept, width = n_positions - start, qkv[0, 0].numel()
+    z = blocks.buffer("z", n_prompts * n_kept, width).view(n_prompts, n_kept, width)
     at_once = max(1, PIECE // (n_positions * max(qkv[0].numel(), blocks.cfg.n_heads * n_positions)))
     for first in range(0, n_prompts, at_once):
         heads = blocks.rotated(layer, _gathered(qkv, path[first : first + at_once]), 0)
         z[first : first + at_once] = attention(heads, start, blocks.scale).flatten(2)
     return z
+
+
+def _of_nodes(blocks: Blocks, z: Float[Tensor, "prompt pos width"], tree: PrefixTree) -> Float[Tensor, "node width"]:
+    out = blocks.buffer("z of nodes", len(tree.place), z.shape[2])
+    return torch.index_select(z.flatten(0, 1), 0, tree.place, out=out)
 
 
 def _gathered(

@@ -328,10 +328,10 @@ def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeyp
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("the third batch")
-        return at_answer(*arguments, **keywords)
+        return recorded(*arguments, **keywords)
 
-    at_answer = activations._at_answer
-    monkeypatch.setattr(activations, "_at_answer", fail_later)
+    recorded = activations._recorded
+    monkeypatch.setattr(activations, "_recorded", fail_later)
     with pytest.raises(RuntimeError, match="the third batch"):
         mg.record(learned.model, learned.pairs, ["post"], batch_size=16, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
