@@ -19,7 +19,9 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel, Split
+from memgen_lens.fast.decoding import Intervention, greedy_copies
 from memgen_lens.fast.products import fast_products
+from memgen_lens.fast.support import is_plain, require_room
 
 with quiet_imports():
     from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
@@ -73,10 +75,18 @@ def complete(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, b
     """
     outputs = [""] * len(prompts)
     for index, tokens in by_length(model, prompts, batch_size=batch_size):
-        new = greedy_tokens(model, tokens, max_new_tokens=max_new_tokens)
+        new = _greedy(model, tokens, max_new_tokens=max_new_tokens)
         for i, text in zip(index, decode(model, new), strict=True):
             outputs[i] = text
     return outputs
+
+
+def _greedy(model: LensModel, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int) -> Int[Tensor, "batch new"]:
+    """`greedy_tokens`, by the fast forward where no hook is to fire."""
+    if not is_plain(model):
+        return greedy_tokens(model, tokens, max_new_tokens=max_new_tokens)
+    how = {"copies": 1, "max_new_tokens": max_new_tokens, "eos": model.tokenizer.eos_token_id}
+    return greedy_copies(model, tokens, intervention=Intervention({}), **how)[0]
 
 
 def by_length(
@@ -135,13 +145,7 @@ def greedy_tokens(
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     sequence, inputs = tokens, tokens if prefix is None else tokens[:, -1:]
     for step in range(max_new_tokens):
-        if sequence.shape[1] > model.cfg.n_ctx:
-            raise ModelError(
-                "completing prompts",
-                expected=f"prompt and completion within the model's context of {model.cfg.n_ctx} tokens",
-                received=f"prompts of {tokens.shape[1]} tokens that end later or never",
-                fix="Shorten the prompts or lower max_new_tokens.",
-            )
+        require_room(sequence.shape[1], model.cfg.n_ctx, prompt_length=tokens.shape[1])
         # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
         extra = {"attention_mask": torch.ones_like(inputs)}
         extra |= {"past_kv_cache": cache} if cache is not None else {}
@@ -210,16 +214,16 @@ class _RoomyEntry(TransformerLensKeyValueCacheEntry):
 def decode(model: LensModel, tokens: Int[Tensor, "batch new"]) -> list[str]:
     """Generated tokens as text, up to the first end-of-text token."""
     eos = model.tokenizer.eos_token_id
-    # Of many prompts under many settings, few say something new.
-    distinct, place = torch.unique(tokens, dim=0, return_inverse=True)
-    rows = [row[: row.index(eos)] if eos in row else row for row in distinct.tolist()]
-    texts = model.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    return [texts[i] for i in place.tolist()]
+    rows = list(map(tuple, tokens.tolist()))
+    distinct = list(dict.fromkeys(rows))  # of many prompts under many settings, few say something new
+    texts = model.tokenizer.batch_decode(
+        [row[: row.index(eos)] if eos in row else row for row in distinct], clean_up_tokenization_spaces=False
+    )
+    text_of = dict(zip(distinct, texts, strict=True))
+    return [text_of[row] for row in rows]
 
 
-def tokenized(
-    model: LensModel, prompts: Sequence[str]
-) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, " prompt"]]:
+def tokenized(model: LensModel, prompts: Sequence[str]) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, " prompt"]]:
     """Tokens, padded on the right, and the length of each prompt; errors as in `by_length`."""
     call = "tokenizing prompts"
     tokenizer = model.tokenizer

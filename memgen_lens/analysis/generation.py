@@ -3,17 +3,20 @@
 Does not judge the outputs (see `evaluation`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memgen_lens.analysis.steering import Steering, steering_hooks
+from memgen_lens.analysis.steering import Steering, steering_changes, steering_hooks
 from memgen_lens.behavior import by_length, decode, greedy_tokens, prefix_cache, repeat_cache
 from memgen_lens.core.types import Direction, LensModel, Positions
+from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
+from memgen_lens.fast.support import is_plain
 
 
 def steered_outputs(
@@ -30,7 +33,8 @@ def steered_outputs(
     """Greedy completions of the same prompts under each of several steerings.
 
     Steerings of one site, mode and positions share a forward pass: they ride in the batch dimension. Where they change
-    nothing before the answer position, all of the prompt before it is run once, and its keys and values are reused.
+    nothing before the answer position, all of the prompt before it is run once, and its keys and values are reused. On
+    a plain HookedTransformer the layers below the first that is changed run once for steerings that say the same.
 
     Args:
         model: A HookedTransformer.
@@ -50,41 +54,83 @@ def steered_outputs(
     for i, steering in enumerate(steerings):
         setting = steering.setting
         kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
-
-    def during(
-        block: list[Steering], index: list[int], prompt_length: int, one_by_one: bool
-    ) -> Callable[[int], AbstractContextManager[Any]]:
-        """Hooks of each step; where tokens come one by one, the first of them is the answer position."""
-        hooks = steering_hooks(
-            model,
-            block,
-            toward=toward,
-            pairs=None if pairs is None else pairs[index],
-            prompt_length=prompt_length,
-            where=slice(None) if one_by_one else None,
-        )
-        answer_only = one_by_one and block[0].setting.positions == "prompt"
-        return lambda step: nullcontext() if answer_only and step > 0 else model.hooks(fwd_hooks=hooks)
-
+    complete = _fast_complete if use_cache and is_plain(model) else _own_complete
     for index, tokens in by_length(model, prompts, batch_size=batch_size):
         at_once = max(1, batch_size // len(index))
-        prefix = None
-        if use_cache and isinstance(model, HookedTransformer) and any(kind[2] != "all" for kind in kinds):
-            prefix = prefix_cache(model, tokens)
-        for (_, _, positions), members in kinds.items():
+        for members in kinds.values():
             for start in range(0, len(members), at_once):
                 block = members[start : start + at_once]
-                shared = prefix if positions != "all" else None
-                new = greedy_tokens(
+                new = complete(
                     model,
-                    tokens.repeat(len(block), 1),
+                    tokens,
+                    [steerings[i] for i in block],
+                    toward=toward,
+                    pairs=None if pairs is None else pairs[index],
                     max_new_tokens=max_new_tokens,
                     use_cache=use_cache,
-                    prefix=repeat_cache(shared, len(block), room=max_new_tokens) if shared is not None else None,
-                    during=during([steerings[i] for i in block], index, tokens.shape[1], shared is not None),
                 )
                 texts = iter(decode(model, new))
                 for i in block:
                     for prompt in index:
                         outputs[i][prompt] = next(texts)
     return outputs
+
+
+def _fast_complete(
+    model: LensModel,
+    tokens: Int[Tensor, "prompt pos"],
+    steerings: Sequence[Steering],
+    *,
+    toward: Direction,
+    pairs: Int[np.ndarray, " prompt"] | None,
+    max_new_tokens: int,
+    use_cache: bool,
+) -> Int[Tensor, "row new"]:
+    """New tokens of the prompts under each steering, steering after steering, by the fast forward where it can."""
+    changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
+    positions = steerings[0].setting.positions
+    if positions == "all" or not can_change(list(changes)):
+        how = {"toward": toward, "pairs": pairs, "max_new_tokens": max_new_tokens, "use_cache": use_cache}
+        return _own_complete(model, tokens, steerings, **how)
+    new = greedy_copies(
+        model,
+        tokens,
+        copies=len(steerings),
+        max_new_tokens=max_new_tokens,
+        eos=model.tokenizer.eos_token_id,
+        intervention=Intervention(changes, first_only=positions == "prompt"),
+    )
+    return new.flatten(0, 1)
+
+
+def _own_complete(
+    model: LensModel,
+    tokens: Int[Tensor, "prompt pos"],
+    steerings: Sequence[Steering],
+    *,
+    toward: Direction,
+    pairs: Int[np.ndarray, " prompt"] | None,
+    max_new_tokens: int,
+    use_cache: bool,
+) -> Int[Tensor, "row new"]:
+    """`_fast_complete` by the model's own forward and hooks."""
+    positions, n = steerings[0].setting.positions, len(steerings)
+    prefix = None
+    if use_cache and isinstance(model, HookedTransformer) and positions != "all":
+        prefix = repeat_cache(prefix_cache(model, tokens), n, room=max_new_tokens)
+    # Where tokens come one by one, the first of them is the answer position.
+    where = None if prefix is None else slice(None)
+    hooks = steering_hooks(model, steerings, toward=toward, pairs=pairs, prompt_length=tokens.shape[1], where=where)
+
+    def during(step: int) -> AbstractContextManager[Any]:
+        ended = prefix is not None and positions == "prompt" and step > 0
+        return nullcontext() if ended else model.hooks(fwd_hooks=hooks)
+
+    return greedy_tokens(
+        model,
+        tokens.repeat(n, 1),
+        max_new_tokens=max_new_tokens,
+        use_cache=use_cache,
+        prefix=prefix,
+        during=during,
+    )

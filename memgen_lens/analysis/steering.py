@@ -17,6 +17,7 @@ from memgen_lens.analysis.activations import site_hooks
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
 from memgen_lens.core.types import Direction, LensModel, Positions
+from memgen_lens.fast.decoding import Change
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,49 @@ def steering_hooks(
         SiteError: The model lacks the site, or has another shape there than the scores.
         SettingsError: ``toward`` is not a behaviour to steer towards.
     """
+    first, n = steerings[0], len(steerings)
+
+    def hook_of(change: Change) -> Callable[..., Tensor]:
+        def steer(activation: Tensor, hook: Any) -> Tensor:
+            chosen = where or _positions(first.setting.positions, activation.shape[1], prompt_length)
+            if chosen is None:
+                return activation
+            part = activation[:, chosen]
+            n_prompts = _rows_of_a_block(part, n, first, pairs)
+            row = torch.arange(len(part), device=part.device).repeat_interleave(part.shape[1])
+            flat = part.flatten(2).flatten(0, 1)  # heads into the neuron axis, positions into rows
+            changed_part = change(flat, row // n_prompts, row % n_prompts).to(part.dtype).view_as(part)
+            if part.shape == activation.shape:
+                return changed_part
+            new = activation.clone()
+            new[:, chosen] = changed_part
+            return new
+
+        return steer
+
+    changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
+    return [(name, hook_of(change)) for name, change in changes.items()]
+
+
+def steering_changes(
+    model: LensModel,
+    steerings: Sequence[Steering],
+    *,
+    toward: Direction,
+    pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
+) -> dict[str, Change]:
+    """What several steerings of one site and mode do to rows of each hook point that any of them changes.
+
+    Args:
+        model: See `steering_hooks`.
+        steerings: Which of them a row is steered by, its ``copy`` tells.
+        toward: See `Steering.applied`.
+        pairs: In patch mode, the source pair of each prompt.
+
+    Raises:
+        SiteError: The model lacks the site, or has another shape there than the scores.
+        SettingsError: ``toward`` is not a behaviour to steer towards.
+    """
     if toward not in ("generalization", "memorization"):
         raise SettingsError(
             "steering",
@@ -193,10 +237,8 @@ def steering_hooks(
         raise _wrong_shape(first.setting.site, f"{len(first.selected)} layers", f"{len(hooks)}")
     device = next(iter(model.parameters())).device
     sign = 1.0 if toward == "memorization" else -1.0
-    changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
 
-    def hook_of(layer: int) -> Callable[..., Tensor]:
-        change: Callable[[Tensor], Tensor]
+    def change_of(layer: int) -> Change:
         if first.source is None:
             shifts = np.stack([sign * s.shift[layer] for s in steerings])
             change = _shift(torch.as_tensor(shifts, dtype=torch.float32, device=device))
@@ -206,24 +248,15 @@ def steering_hooks(
             masks = np.stack([s.selected[layer] for s in steerings])
             change = _patch(torch.as_tensor(rows, device=device), torch.as_tensor(masks, device=device))
 
-        def steer(activation: Tensor, hook: Any) -> Tensor:
-            chosen = where or _positions(first.setting.positions, activation.shape[1], prompt_length)
-            if chosen is None:
-                return activation
-            part = activation[:, chosen]
-            flat = part.flatten(2)  # heads into the neuron axis
-            if flat.shape[2] != first.selected.shape[1]:
-                raise _wrong_shape(first.setting.site, f"{first.selected.shape[1]} neurons", f"{flat.shape[2]}")
-            changed_part = change(flat).to(part.dtype).view_as(part)
-            if part.shape == activation.shape:
-                return changed_part
-            new = activation.clone()
-            new[:, chosen] = changed_part
-            return new
+        def checked(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
+            if h.shape[1] != first.selected.shape[1]:
+                raise _wrong_shape(first.setting.site, f"{first.selected.shape[1]} neurons", f"{h.shape[1]}")
+            return change(h, copy, prompt)
 
-        return steer
+        return checked
 
-    return [(hooks[layer], hook_of(layer)) for layer in changed.tolist()]
+    changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
+    return {hooks[layer]: change_of(layer) for layer in changed.tolist()}
 
 
 def _positions(positions: Positions, length: int, prompt_length: int | None) -> slice | None:
@@ -251,37 +284,34 @@ def _known_pairs(pairs: Any, n: int) -> np.ndarray:
     return index
 
 
-def _shift(shifts: Float[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor]:
-    def change(h: Tensor) -> Tensor:  # [row, pos, neuron], rows in as many blocks as there are settings
-        return (_blocks(h, len(shifts)) + shifts[:, None, None]).flatten(0, 1)
-
-    return change
+def _shift(shifts: Float[Tensor, "copy neuron"]) -> Change:
+    return lambda h, copy, prompt: h + (shifts[0] if len(shifts) == 1 else shifts.index_select(0, copy))
 
 
-def _patch(rows: Float[Tensor, "pair neuron"], masks: Bool[Tensor, "setting neuron"]) -> Callable[[Tensor], Tensor]:
-    def change(h: Tensor) -> Tensor:
-        blocks = _blocks(h, len(masks))  # [setting, pair, pos, neuron]
-        if blocks.shape[1] != len(rows):
-            raise PairsError(
-                "Steering.applied(mode='patch')",
-                expected=f"a batch of {len(rows)} prompts, one for each source pair",
-                received=f"{blocks.shape[1]}",
-                fix="Name the source pair of each prompt: applied(model, toward=..., pairs=[...]).",
-            )
-        return torch.where(masks[:, None, None], rows[None, :, None].to(h.dtype), blocks).flatten(0, 1)
-
-    return change
+def _patch(rows: Float[Tensor, "prompt neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
+    return lambda h, copy, prompt: torch.where(masks[copy], rows[prompt].to(h.dtype), h)
 
 
-def _blocks(h: Float[Tensor, "row pos neuron"], n: int) -> Float[Tensor, "setting block pos neuron"]:
-    if len(h) % n:
+def _rows_of_a_block(part: Tensor, n: int, steering: Steering, pairs: Any) -> int:
+    """How many prompts each of ``n`` equal blocks of a batch holds."""
+    if len(part) % n:
         raise ModelError(
             "steering",
             expected=f"a batch in {n} equal blocks",
-            received=f"{len(h)} rows",
+            received=f"{len(part)} rows",
             fix="Repeat the prompts.",
         )
-    return h.unflatten(0, (n, -1))
+    n_prompts = len(part) // n
+    if steering.source is not None:
+        n_sources = len(steering.source.memorized) if pairs is None else len(pairs)
+        if n_prompts != n_sources:
+            raise PairsError(
+                "Steering.applied(mode='patch')",
+                expected=f"a batch of {n_sources} prompts, one for each source pair",
+                received=f"{n_prompts}",
+                fix="Name the source pair of each prompt: applied(model, toward=..., pairs=[...]).",
+            )
+    return n_prompts
 
 
 def _out_of_range(call: str, name: str, expected: str, received: Any) -> SettingsError:

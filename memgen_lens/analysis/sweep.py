@@ -93,10 +93,16 @@ def sweep_steering(
             batch_size=batch_size,
             use_cache=use_cache,
         )
-        rows = [list(zip(items, row, strict=True)) for row in outputs]
+        # Most settings make a prompt say one of a few things: each is judged once.
+        said = [dict.fromkeys(answers) for answers in zip(*outputs, strict=True)]
+        judged = [
+            {output: (judge.behavior(item, output), judge.has_memorized_form(item, output)) for output in answers}
+            for item, answers in zip(items, said, strict=True)
+        ]
+        rows = [[known[output] for known, output in zip(judged, row, strict=True)] for row in outputs]
         return (
-            np.array([[judge.behavior(i, o) for i, o in row] for row in rows], dtype=object),
-            np.array([[judge.has_memorized_form(i, o) for i, o in row] for row in rows]),
+            np.array([[behavior for behavior, _ in row] for row in rows], dtype=object),
+            np.array([[form for _, form in row] for row in rows]),
         )
 
     computed, _ = outcomes("generalization")

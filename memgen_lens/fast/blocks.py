@@ -100,7 +100,9 @@ class Blocks:
         room = self._buffers.get(name)
         if room is None or room.numel() < n_rows * width:
             weights = self.model.embed.W_E
-            room = self._buffers[name] = torch.empty(n_rows * width * 5 // 4, dtype=weights.dtype, device=weights.device)
+            room = self._buffers[name] = torch.empty(
+                n_rows * width * 5 // 4, dtype=weights.dtype, device=weights.device
+            )
         return room[: n_rows * width].view(n_rows, width)
 
     def _before_attention(

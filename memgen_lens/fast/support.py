@@ -19,6 +19,7 @@ from transformer_lens.components import (
     TransformerBlock,
 )
 
+from memgen_lens.core.errors import ModelError
 from memgen_lens.fast.mlp import ACTIVATIONS
 
 UNUSUAL = (
@@ -74,6 +75,21 @@ def why_not(cfg: Any) -> str | None:
         if (getattr(cfg, name, None) or -1) > 0:
             return f"{name} is set"
     return None
+
+
+def require_room(length: int, n_ctx: int, *, prompt_length: int) -> None:
+    """Refuse a sequence that is longer than the model's context.
+
+    Raises:
+        ModelError: Saying how long the prompts were.
+    """
+    if length > n_ctx:
+        raise ModelError(
+            "completing prompts",
+            expected=f"prompt and completion within the model's context of {n_ctx} tokens",
+            received=f"prompts of {prompt_length} tokens that end later or never",
+            fix="Shorten the prompts or lower max_new_tokens.",
+        )
 
 
 def is_plain(model: Any) -> bool:

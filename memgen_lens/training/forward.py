@@ -18,6 +18,7 @@ from memgen_lens.fast.blocks import norm, qkv_weights, rotated
 from memgen_lens.fast.mlp import mlp
 from memgen_lens.fast.products import linear
 
+
 @dataclass(frozen=True)
 class Rows:
     """Sequences of one group of a batch, right-padded to one length.

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import memgen_lens as mg
 from memgen_lens.analysis import activations
-from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES, last_position
+from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES
 from memgen_lens.core.errors import ModelError, PairsError, RunDirectoryError, SiteError
 
 ALL_SITES = [*LAYER_SITES, *MODEL_SITES]
