@@ -88,7 +88,8 @@ class Blocks:
             piece = slice(first, first + PIECE)
             qkv[piece] = self._before_attention(layer, x[piece], first, taps)
         z = attend(qkv.view(len(x), 3, cfg.n_heads, cfg.d_head))
-        x = x if rows is None else x.index_select(0, rows)
+        if rows is not None:
+            x = torch.index_select(x, 0, rows, out=self.buffer("rows", len(rows), cfg.d_model))
         out = self.buffer(f"residual {layer % 2}", len(x), cfg.d_model)
         for first in range(0, len(x), PIECE):
             piece = slice(first, first + PIECE)

@@ -34,7 +34,7 @@ def mlp(module: Any, x: Float[Tensor, "row d_model"], cfg: Any) -> Float[Tensor,
 
 
 def activated(module: Any, x: Float[Tensor, "row d_model"], act_fn: str) -> Float[Tensor, "row d_mlp"]:
-    """The hidden layer of an MLP that is not gated, behind its activation function; in one go where there is no gradient."""
+    """The hidden layer of an MLP without a gate, behind its activation function; in one go without gradient."""
     if by_onednn(x) and not torch.is_grad_enabled():
         dtype = compute_dtype(x)
         return product(x.to(dtype), module.W_in.to(dtype).t(), module.b_in.to(dtype), act_fn)

@@ -19,7 +19,7 @@ from memgen_lens.fast.blocks import BLOCK_SITES, MODEL_SITES, Blocks, Taps
 TOKENS_AT_ONCE = 10_240
 """Tokens of the prompts that are run together: enough for products at full speed, few enough for the cache."""
 PIECE = 1 << 20
-"""Numbers that attention takes at a time: queries, keys and values, or scores of some prompts, within a cache's reach."""
+"""Numbers that attention takes at a time: queries, keys and values, or scores; few enough for the cache."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _read(
     layers = [int(name.split(".")[1]) for name in found.places if name.startswith("blocks.")]
     stop = blocks.cfg.n_layers if behind else max(layers, default=-1) + 1
     at: Tensor | None = tree.word[tree.last]
-    """The row of each prompt's last position: a word before the first layer's attention, then a node, in the end its own."""
+    """The row of each prompt's last position: a word before the first layer's attention, then a node, then its own."""
 
     def reader(name: str) -> Any:
         def read(h: Tensor, first: int) -> Tensor:

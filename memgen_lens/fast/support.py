@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformer_lens import HookedTransformer
-from transformer_lens.components import (
-    MLP,
-    Attention,
-    GatedMLP,
-    LayerNorm,
-    LayerNormPre,
-    RMSNorm,
-    RMSNormPre,
-    TransformerBlock,
-)
+from transformer_lens.components.attention import Attention
+from transformer_lens.components.layer_norm import LayerNorm
+from transformer_lens.components.layer_norm_pre import LayerNormPre
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.components.mlps.mlp import MLP
+from transformer_lens.components.rms_norm import RMSNorm
+from transformer_lens.components.rms_norm_pre import RMSNormPre
+from transformer_lens.components.transformer_block import TransformerBlock
 
 from memgen_lens.core.errors import ModelError
 from memgen_lens.fast.mlp import ACTIVATIONS
@@ -42,12 +40,9 @@ UNUSUAL = (
     "load_in_4bit",
 )
 """TransformerLens settings that must be off for this forward to be the same as the model's."""
-OWN_MODULES = {
-    "attn": (Attention,),
-    "mlp": (MLP, GatedMLP),
-    "ln1": (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, nn.Identity),
-    "ln2": (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, nn.Identity),
-}
+NORMS = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, nn.Identity)
+OWN_MODULES = {"attn": (Attention,), "mlp": (MLP, GatedMLP), "ln1": NORMS, "ln2": NORMS}
+"""What a block is made of, where nothing was put in the place of TransformerLens' own modules."""
 
 
 def why_not(cfg: Any) -> str | None:
