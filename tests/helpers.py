@@ -2,7 +2,8 @@
 
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -50,6 +51,16 @@ def tiny_training(**settings) -> mg.TrainConfig:
         }
         | settings
     )
+
+
+def watched(model: Any) -> AbstractContextManager[Any]:
+    """A hook that changes nothing: with it, TransformerLens' own forward runs in place of the fast one."""
+    return model.hooks(fwd_hooks=[("hook_embed", lambda activation, hook: activation)])
+
+
+def unwatched(model: Any) -> AbstractContextManager[Any]:
+    """No hook."""
+    return nullcontext()
 
 
 @contextmanager

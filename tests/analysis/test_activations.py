@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import helpers
 import numpy as np
 import planted
 import pytest
@@ -60,10 +61,13 @@ def some(learned):
     return pairs, [cached(learned.model, item.prompt) for item in (*pairs.memorized, *pairs.generalized)]
 
 
+@pytest.mark.parametrize("watch", [helpers.unwatched, helpers.watched])
 @pytest.mark.parametrize("site", ALL_SITES)
-def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, some, site):
+def test_every_site_holds_what_run_with_cache_has_at_the_last_position(learned, some, site, watch):
+    """By the fast forward, and by the model's own where a hook is on it."""
     pairs, caches = some
-    recorded = mg.record(learned.model, pairs, [site]).site(site)
+    with watch(learned.model):
+        recorded = mg.record(learned.model, pairs, [site]).site(site)
     expected = np.stack([at_the_last_position(cache, site) for cache in caches])
     assert recorded.memorized.dtype == recorded.generalized.dtype == np.float32
     np.testing.assert_allclose(both_sides(recorded), expected, rtol=1e-5, atol=1e-5)
@@ -76,19 +80,23 @@ def test_the_logits_are_a_site_too(learned, some):
     np.testing.assert_allclose(both_sides(recorded)[:, 0], np.stack(expected), atol=1e-4)
 
 
-def test_prompts_of_several_lengths_in_one_call_give_what_each_gives_alone(model, mixed):
-    acts = mg.record(model, mixed, ["post", "z", "resid_pre"])
+@pytest.mark.parametrize("watch", [helpers.unwatched, helpers.watched])
+def test_prompts_of_several_lengths_in_one_call_give_what_each_gives_alone(model, mixed, watch):
+    with watch(model):
+        acts = mg.record(model, mixed, ["post", "z", "resid_pre"])
     caches = [cached(model, item.prompt) for item in (*mixed.memorized, *mixed.generalized)]
     for site in acts.sites:
         expected = [at_the_last_position(cache, site) for cache in caches]
         np.testing.assert_allclose(both_sides(acts.site(site)), np.stack(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("watch", [helpers.unwatched, helpers.watched])
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_any_batch_size_gives_the_same(learned, batch_size):
+def test_any_batch_size_gives_the_same(learned, batch_size, watch):
     n = len(learned.pairs)
     pairs = learned.pairs.take(np.arange(12))
-    acts = mg.record(learned.model, pairs, ["resid_post", "post"], batch_size=batch_size)
+    with watch(learned.model):
+        acts = mg.record(learned.model, pairs, ["resid_post", "post"], batch_size=batch_size)
     for site in acts.sites:
         everything_at_once = both_sides(learned.acts.site(site))[[*range(12), *range(n, n + 12)]]
         np.testing.assert_allclose(both_sides(acts.site(site)), everything_at_once, rtol=1e-5, atol=1e-5)

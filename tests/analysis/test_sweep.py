@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import planted
 import pytest
@@ -65,19 +66,21 @@ def row(fraction, alpha, there, there_other, form, form_other, *, n=100, recall=
     return SweepRow(setting, None, n, *rates)
 
 
+@pytest.mark.parametrize("watch", [helpers.unwatched, helpers.watched])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_every_row_is_its_setting_evaluated_alone(known, resid, alone, use_cache):
-    rows = mg.sweep_steering(
-        known.model,
-        None,
-        known.pairs,
-        [known.score, resid],
-        top_fractions=[0.2],
-        alphas=[0.3, 2.0],
-        positions=["answer", "all"],
-        use_cache=use_cache,
-    )
-    assert len(rows) == 2 * 2 * 2
+def test_every_row_is_its_setting_evaluated_alone(known, resid, alone, use_cache, watch):
+    with watch(known.model):
+        rows = mg.sweep_steering(
+            known.model,
+            None,
+            known.pairs,
+            [known.score, resid],
+            top_fractions=[0.2],
+            alphas=[0.3, 2.0],
+            positions=["answer", "prompt", "all"],
+            use_cache=use_cache,
+        )
+    assert len(rows) == 2 * 3 * 2
     for row in rows:
         score = known.score if row.setting.site == "post" else resid
         assert measured(row) == alone(score, row)

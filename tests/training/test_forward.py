@@ -116,6 +116,19 @@ def test_logits_and_every_gradient_are_those_of_transformer_lens(settings):
     assert all(float(ours[name].abs().max()) > 1e-4 for name in ours if not name.endswith("b_K"))
 
 
+@pytest.mark.parametrize("frozen", ["b_", "W_", "embed", "ln"])
+def test_parameters_without_gradient_stay_without_and_the_others_keep_theirs(frozen):
+    """Biases that are not trained, as in a model without any, among them."""
+    model = hooked_transformer(act_fn="gelu_new")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    ours = gradients(model, labelled_loss(labelled_logits(model, GROUPS), GROUPS))
+    theirs = gradients(model, own_loss(model, GROUPS))
+    assert set(ours) == set(theirs) == {name for name, _ in model.named_parameters() if frozen not in name}
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("positional_embedding_type", ["standard", "rotary"])
 def test_the_fused_attention_of_gpus_gives_the_same(monkeypatch, positional_embedding_type):
     monkeypatch.setattr(forward, "_has_fused_attention", lambda x: True)
