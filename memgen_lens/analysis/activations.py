@@ -147,7 +147,7 @@ def load_activations(directory: str | Path) -> Activations:
 
 @dataclass(frozen=True)
 class RecordedBlock:
-    """Some consecutive pairs' activations.
+    """Some consecutive pairs' activations; good until the next block is made.
 
     Attributes:
         first: Place of the first of these pairs among all.
@@ -163,7 +163,7 @@ class RecordedBlock:
 def recorded_blocks(
     model: LensModel, pairs: PromptPairs, sites: Sequence[str], *, batch_size: int | None, call: str
 ) -> Iterator[RecordedBlock]:
-    """Activations block by block, in the order of the pairs; nothing is kept of the blocks before.
+    """Activations block by block, in the order of the pairs; nothing is kept of the blocks before, room is used again.
 
     Raises:
         SiteError: A site is unknown, or the model lacks it.

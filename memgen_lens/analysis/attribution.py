@@ -4,6 +4,7 @@ Scores recorded activations, or a model and its prompts in one streaming pass th
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from memgen_lens.analysis.activations import EMBEDDING, recorded_blocks
 from memgen_lens.analysis.moments import PairMoments
 from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
@@ -98,6 +100,11 @@ def attribute_streaming(
     call = "attribute_streaming"
     _require_permutations(call, n_permutations)
     scored = pairs.take(_pairs_of(pairs, split, call=call))
+    if not n_permutations:
+        # Means and correlations do not depend on who is whose partner: prompts that begin alike come together, so that
+        # their beginnings are run once.
+        by_text = {side: tuple(sorted(getattr(scored, side), key=_text)) for side in ("memorized", "generalized")}
+        scored = replace(scored, **by_text)
     moments: dict[str, PairMoments] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
@@ -133,6 +140,10 @@ def sign_flip_test(
     moments = PairMoments(n_permutations=n_permutations, seed=seed)
     moments.add(difference, np.zeros_like(difference))
     return moments.p_values()
+
+
+def _text(item: Item) -> str:
+    return item.prompt
 
 
 def _scores(site: str, moments: PairMoments, shape: tuple[int, ...]) -> NeuronScores:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 SHORT = 48
@@ -25,6 +25,23 @@ def attention(
     if not heads.is_cuda and heads.shape[1] <= SHORT:
         return _forward(heads, start, scale)[0]
     return fused_attention(heads, start, scale)
+
+
+def gathered_attention(
+    qkv: Float[Tensor, "row 3 head d_head"], path: Int[Tensor, "batch pos"], start: int, scale: float
+) -> Float[Tensor, "batch kept head d_head"]:
+    """`attention` of sequences whose positions are rows of ``qkv``, each row of any number of them.
+
+    The rows are brought into the order of the products at once, where gathering sequences first would be a pass more.
+    """
+    n_heads, d_head = qkv.shape[2:]
+    batch, pos = path.shape
+    if qkv.is_cuda or pos > SHORT:
+        return attention(qkv.index_select(0, path.flatten()).view(batch, pos, *qkv.shape[1:]), start, scale)
+    parts = torch.arange(3 * n_heads, device=path.device).view(3, 1, n_heads, 1)
+    place = parts + 3 * n_heads * path[:, None]  # [3, batch, head, pos], in units of d_head numbers
+    by_head = qkv.view(-1, d_head).index_select(0, place.flatten()).view(3, batch * n_heads, pos, d_head)
+    return _by_hand(by_head, start, scale)[0].view(batch, n_heads, pos - start, d_head).transpose(1, 2)
 
 
 def fused_attention(
@@ -86,10 +103,18 @@ def _forward(
     """Attention, and what its gradient needs: queries, keys and values; probabilities; these in the inputs' type."""
     batch, pos, _, n_heads, d_head = heads.shape
     qkv = heads.permute(2, 0, 3, 1, 4).reshape(3, batch * n_heads, pos, d_head)
+    z, probs, kept = _by_hand(qkv, start, scale)
+    return z.view(batch, n_heads, pos - start, d_head).transpose(1, 2), qkv, probs, kept
+
+
+def _by_hand(
+    qkv: Float[Tensor, "3 row pos d_head"], start: int, scale: float
+) -> tuple[Float[Tensor, "row kept d_head"], Float[Tensor, "pos row kept"], Float[Tensor, "row pos kept"]]:
+    """Attention of the heads of all sequences, and its probabilities, in float32 and in the inputs' type."""
+    pos = qkv.shape[2]
     q, k, v = qkv[0, :, start:], qkv[1], qkv[2]
-    scores = torch.bmm(k, q.transpose(1, 2)).transpose(0, 1)  # [key, batch * head, query]
+    scores = torch.bmm(k, q.transpose(1, 2)).transpose(0, 1)  # [key, row, query]
     mask = torch.full((pos, pos), -math.inf).triu(1)[start:].T[:, None]  # [key, 1, query]
     probs = torch.add(mask, scores, alpha=scale).softmax(0)
-    kept = probs.transpose(0, 1).to(heads.dtype, memory_format=torch.contiguous_format)  # [batch * head, key, query]
-    z = torch.bmm(kept.transpose(1, 2), v)
-    return z.view(batch, n_heads, pos - start, d_head).transpose(1, 2), qkv, probs, kept
+    kept = probs.transpose(0, 1).to(qkv.dtype, memory_format=torch.contiguous_format)  # [row, key, query]
+    return torch.bmm(kept.transpose(1, 2), v), probs, kept

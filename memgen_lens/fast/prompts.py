@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memgen_lens.fast.attention import attention
+from memgen_lens.fast.attention import attention, gathered_attention
 from memgen_lens.fast.blocks import BLOCK_SITES, MODEL_SITES, Blocks, Taps
 
 TOKENS_AT_ONCE = 10_240
@@ -93,9 +93,9 @@ def at_last_position(
         groups: Hook points, by full names that `can_read`; those of one group have one width, heads flattened.
 
     Returns:
-        For each group what its hook points give, stacked.
+        For each group what its hook points give, stacked; good until the next call with the same ``blocks``.
     """
-    found = _Found(len(tokens), groups)
+    found = _Found(blocks, len(tokens), groups)
     # In their order, prompts stand beside those that they share their beginning with.
     order = torch.from_numpy(np.lexsort(tokens.cpu().numpy().T[::-1])).to(tokens.device)
     for prompts in order.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
@@ -108,12 +108,13 @@ class _Found:
     """What has been read so far, and who reads it.
 
     Args:
+        blocks: The model.
         n_prompts: Prompts in all.
         groups: See `at_last_position`.
     """
 
-    def __init__(self, n_prompts: int, groups: Sequence[Sequence[str]]) -> None:
-        self.n_prompts, self.groups = n_prompts, groups
+    def __init__(self, blocks: Blocks, n_prompts: int, groups: Sequence[Sequence[str]]) -> None:
+        self.blocks, self.n_prompts, self.groups = blocks, n_prompts, groups
         self.values = [torch.empty(0)] * len(groups)
         self.places: dict[str, list[tuple[int, int]]] = {}
         for group, names in enumerate(groups):
@@ -124,7 +125,9 @@ class _Found:
         """Keep a hook point's values of some prompts."""
         for group, layer in self.places[name]:
             if not len(self.values[group]):
-                self.values[group] = h.new_empty(len(self.groups[group]), self.n_prompts, h.shape[1])
+                n_layers, width = len(self.groups[group]), h.shape[1]
+                room = self.blocks.buffer(f"group {group}", n_layers * self.n_prompts, width)
+                self.values[group] = room.view(n_layers, self.n_prompts, width)
             self.values[group][layer].index_copy_(0, prompts, h)
 
 
@@ -212,8 +215,12 @@ def _attended(
     z = blocks.buffer("z", n_prompts * n_kept, width).view(n_prompts, n_kept, width)
     at_once = max(1, PIECE // (n_positions * max(qkv[0].numel(), blocks.cfg.n_heads * n_positions)))
     for first in range(0, n_prompts, at_once):
-        heads = blocks.rotated(layer, _gathered(qkv, path[first : first + at_once]), 0)
-        z[first : first + at_once] = attention(heads, start, blocks.scale).flatten(2)
+        some = slice(first, first + at_once)
+        if blocks.cfg.positional_embedding_type == "rotary":
+            attended = attention(blocks.rotated(layer, _gathered(qkv, path[some]), 0), start, blocks.scale)
+        else:
+            attended = gathered_attention(qkv, path[some], start, blocks.scale)
+        z[some] = attended.flatten(2)
     return z
 
 
