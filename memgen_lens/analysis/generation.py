@@ -54,13 +54,12 @@ def steered_outputs(
     for i, steering in enumerate(steerings):
         setting = steering.setting
         kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
-    complete = _fast_complete if use_cache and is_plain(model) else _own_complete
     for index, tokens in by_length(model, prompts, batch_size=batch_size):
         at_once = max(1, batch_size // len(index))
         for members in kinds.values():
             for start in range(0, len(members), at_once):
                 block = members[start : start + at_once]
-                new = complete(
+                new = _complete(
                     model,
                     tokens,
                     [steerings[i] for i in block],
@@ -76,7 +75,7 @@ def steered_outputs(
     return outputs
 
 
-def _fast_complete(
+def _complete(
     model: LensModel,
     tokens: Int[Tensor, "prompt pos"],
     steerings: Sequence[Steering],
@@ -86,35 +85,20 @@ def _fast_complete(
     max_new_tokens: int,
     use_cache: bool,
 ) -> Int[Tensor, "row new"]:
-    """New tokens of the prompts under each steering, steering after steering, by the fast forward where it can."""
-    changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
-    positions = steerings[0].setting.positions
-    if positions == "all" or not can_change(list(changes)):
-        how = {"toward": toward, "pairs": pairs, "max_new_tokens": max_new_tokens, "use_cache": use_cache}
-        return _own_complete(model, tokens, steerings, **how)
-    new = greedy_copies(
-        model,
-        tokens,
-        copies=len(steerings),
-        max_new_tokens=max_new_tokens,
-        eos=model.tokenizer.eos_token_id,
-        intervention=Intervention(changes, first_only=positions == "prompt"),
-    )
-    return new.flatten(0, 1)
-
-
-def _own_complete(
-    model: LensModel,
-    tokens: Int[Tensor, "prompt pos"],
-    steerings: Sequence[Steering],
-    *,
-    toward: Direction,
-    pairs: Int[np.ndarray, " prompt"] | None,
-    max_new_tokens: int,
-    use_cache: bool,
-) -> Int[Tensor, "row new"]:
-    """`_fast_complete` by the model's own forward and hooks."""
+    """New tokens of prompts of one length under each steering, steering after steering."""
     positions, n = steerings[0].setting.positions, len(steerings)
+    if use_cache and positions != "all" and is_plain(model):
+        changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
+        if can_change(list(changes)):
+            new = greedy_copies(
+                model,
+                tokens,
+                copies=n,
+                max_new_tokens=max_new_tokens,
+                eos=model.tokenizer.eos_token_id,
+                intervention=Intervention(changes, first_only=positions == "prompt"),
+            )
+            return new.flatten(0, 1)
     prefix = None
     if use_cache and isinstance(model, HookedTransformer) and positions != "all":
         prefix = repeat_cache(prefix_cache(model, tokens), n, room=max_new_tokens)
