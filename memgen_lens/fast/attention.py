@@ -22,7 +22,7 @@ def attention(
     heads: Float[Tensor, "batch pos 3 head d_head"], start: int, scale: float
 ) -> Float[Tensor, "batch kept head d_head"]:
     """``softmax(scale * q k^T + causal mask) v`` for queries from position ``start`` on; no gradient."""
-    if not heads.is_cuda and heads.shape[1] <= SHORT:
+    if heads.device.type == "cpu" and heads.shape[1] <= SHORT:
         return _forward(heads, start, scale)[0]
     return fused_attention(heads, start, scale)
 
@@ -36,7 +36,7 @@ def gathered_attention(
     """
     n_heads, d_head = qkv.shape[2:]
     batch, pos = path.shape
-    if qkv.is_cuda or pos > SHORT:
+    if qkv.device.type != "cpu" or pos > SHORT:
         return attention(qkv.index_select(0, path.flatten()).view(batch, pos, *qkv.shape[1:]), start, scale)
     parts = torch.arange(3 * n_heads, device=path.device).view(3, 1, n_heads, 1)
     place = parts + 3 * n_heads * path[:, None]  # [3, batch, head, pos], in units of d_head numbers
@@ -114,7 +114,7 @@ def _by_hand(
     pos = qkv.shape[2]
     q, k, v = qkv[0, :, start:], qkv[1], qkv[2]
     scores = torch.bmm(k, q.transpose(1, 2)).transpose(0, 1)  # [key, row, query]
-    mask = torch.full((pos, pos), -math.inf).triu(1)[start:].T[:, None]  # [key, 1, query]
+    mask = torch.full((pos, pos), -math.inf, device=qkv.device).triu(1)[start:].T[:, None]  # [key, 1, query]
     probs = torch.add(mask, scores, alpha=scale).softmax(0)
     kept = probs.transpose(0, 1).to(qkv.dtype, memory_format=torch.contiguous_format)  # [row, key, query]
     return torch.bmm(kept.transpose(1, 2), v), probs, kept

@@ -51,7 +51,7 @@ class Blocks:
 
     def __init__(self, model: Any) -> None:
         self.model, self.cfg = model, model.cfg
-        self.scale = 1 / float(model.blocks[0].attn.attn_scale) if model.cfg.use_attn_scale else 1.0
+        self.scales = [1 / float(block.attn.attn_scale) if model.cfg.use_attn_scale else 1.0 for block in model.blocks]
         self._buffers: dict[str, Tensor] = {}
         self._qkv = [qkv_weights(block.attn, model.cfg) for block in model.blocks]
 

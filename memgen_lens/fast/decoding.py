@@ -89,14 +89,16 @@ def greedy_copies(
     n_prompts, device = len(tokens), tokens.device
     state = _State.of(Blocks(model), tokens, copies, intervention)
     out = torch.full((n_prompts * copies, max_new_tokens), eos, device=device)
+    n_made = 0
     for step in range(max_new_tokens):
+        n_made = step + 1
         new = state.next_tokens(tokens.shape[1] - 1 + step, intervention, first=step == 0)
         out[state.row, step] = new
         going = (new != eos).nonzero().flatten()
         if not len(going):
             break
         state.go_on(going, new)
-    return out.view(n_prompts, copies, -1)[:, :, : step + 1].transpose(0, 1)
+    return out.view(n_prompts, copies, max_new_tokens)[:, :, :n_made].transpose(0, 1)
 
 
 @dataclass
@@ -194,7 +196,7 @@ class _State:
         own = torch.cat([sequences.past[layer], own], dim=1) if layer in sequences.past else own.clone()
         sequences.past[layer] = own
         own_heads = own.unflatten(3, qkv.shape[2:])
-        z = _attention(heads[:, 0], own_heads, self.shared[layer], sequences.prompt, self.blocks.scale)
+        z = _attention(heads[:, 0], own_heads, self.shared[layer], sequences.prompt, self.blocks.scales[layer])
         return z if spread is None else z.index_select(0, spread)
 
 

@@ -128,7 +128,7 @@ class _Found:
                 n_layers, width = len(self.groups[group]), h.shape[1]
                 room = self.blocks.buffer(f"group {group}", n_layers * self.n_prompts, width)
                 self.values[group] = room.view(n_layers, self.n_prompts, width)
-            self.values[group][layer].index_copy_(0, prompts, h)
+            self.values[group][layer].index_copy_(0, prompts, h.float())
 
 
 def _read(
@@ -153,7 +153,7 @@ def _read(
             else:
                 inside = ((at >= first) & (at < first + len(h))).nonzero().flatten()
                 values = blocks.buffer("read", len(inside), h.shape[1])
-                found.keep(name, prompts[inside], torch.index_select(h, 0, at[inside] - first, out=values))
+                found.keep(name, prompts[inside], torch.index_select(h.float(), 0, at[inside] - first, out=values))
             return h
 
         return read
@@ -217,9 +217,9 @@ def _attended(
     for first in range(0, n_prompts, at_once):
         some = slice(first, first + at_once)
         if blocks.cfg.positional_embedding_type == "rotary":
-            attended = attention(blocks.rotated(layer, _gathered(qkv, path[some]), 0), start, blocks.scale)
+            attended = attention(blocks.rotated(layer, _gathered(qkv, path[some]), 0), start, blocks.scales[layer])
         else:
-            attended = gathered_attention(qkv, path[some], start, blocks.scale)
+            attended = gathered_attention(qkv, path[some], start, blocks.scales[layer])
         z[some] = attended.flatten(2)
     return z
 

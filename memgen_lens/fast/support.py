@@ -9,13 +9,19 @@ import torch
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformer_lens.components.attention import Attention
+from transformer_lens.components.embed import Embed
 from transformer_lens.components.layer_norm import LayerNorm
 from transformer_lens.components.layer_norm_pre import LayerNormPre
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.mlps.mlp import MLP
+from transformer_lens.components.pos_embed import PosEmbed
 from transformer_lens.components.rms_norm import RMSNorm
 from transformer_lens.components.rms_norm_pre import RMSNormPre
 from transformer_lens.components.transformer_block import TransformerBlock
+from transformer_lens.components.unembed import Unembed
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
+from transformer_lens.utilities.typed_module_list import TypedModuleList
 
 from memgen_lens.core.errors import ModelError
 from memgen_lens.fast.mlp import ACTIVATIONS
@@ -40,9 +46,15 @@ UNUSUAL = (
     "load_in_4bit",
 )
 """TransformerLens settings that must be off for this forward to be the same as the model's."""
-NORMS = (LayerNorm, LayerNormPre, RMSNorm, RMSNormPre, nn.Identity)
-OWN_MODULES = {"attn": (Attention,), "mlp": (MLP, GatedMLP), "ln1": NORMS, "ln2": NORMS}
-"""What a block is made of, where nothing was put in the place of TransformerLens' own modules."""
+NORMS = {"LN": LayerNorm, "LNPre": LayerNormPre, "RMS": RMSNorm, "RMSPre": RMSNormPre, None: nn.Identity}
+OWN_MODULES: dict[str, type] = {
+    "embed": Embed,
+    "pos_embed": PosEmbed,
+    "unembed": Unembed,
+    "blocks": TypedModuleList,
+    "attn": Attention,
+}
+"""What a model is made of, by the last part of a module's name, where nothing stands in another's place."""
 
 
 def why_not(cfg: Any) -> str | None:
@@ -92,11 +104,30 @@ def is_plain(model: Any) -> bool:
 
     A hook of the user's must fire, and a module that was put in place of another must run: both need the model itself.
     """
-    if type(model) is not HookedTransformer or why_not(model.cfg) is not None:
+    if type(model) is not HookedTransformer or why_not(model.cfg) is not None or _on_all_modules():
         return False
-    for block in model.blocks:
-        own = all(type(getattr(block, name, None)) in kinds for name, kinds in OWN_MODULES.items())
-        if type(block) is not TransformerBlock or not own:
+    for name, module in model.named_modules():
+        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if touched or type(module) is not _own_type(name.rpartition(".")[2], model.cfg):
             return False
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return not hooked and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    act_fn = SUPPORTED_ACTIVATIONS[model.cfg.act_fn]
+    own = all(block.mlp.act_fn is act_fn for block in model.blocks)
+    return own and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def _own_type(name: str, cfg: Any) -> type | None:
+    """What TransformerLens puts at a name."""
+    if not name:
+        return HookedTransformer
+    if name.startswith("hook_"):
+        return HookPoint
+    if name.isdigit():
+        return TransformerBlock
+    if name.startswith("ln"):
+        return NORMS[cfg.normalization_type]
+    return (GatedMLP if cfg.gated_mlp else MLP) if name == "mlp" else OWN_MODULES.get(name)
+
+
+def _on_all_modules() -> bool:
+    """Whether torch's hooks on all modules are in use."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
