@@ -16,14 +16,19 @@ ALPHAS = tuple(np.linspace(0.5, 5.0, 10).round(3).tolist())
 
 
 def rows() -> list[Row]:
-    """On the quickstart's model and its tune pairs."""
+    """On the quickstart's model and its tune pairs; the floor is that of every setting, prompt and token run once."""
+    directory = str(_trained())
+    model, task, pairs, _ = _prepared(directory)
+    n_tokens = model.to_tokens(pairs.memorized[0].prompt).shape[1] + task.max_answer_tokens - 1
+    n_rows = 2 * len(FRACTIONS) * len(ALPHAS) * int((pairs.split == "tune").sum())
     return [
         Row(
             "steering sweep, 10 x 10 settings both ways, quickstart's model",
             {"ours": ours, "run_with_hooks, a setting at a time": one_by_one},
-            {"directory": str(_trained())},
-            rounds=3,
+            {"directory": directory},
+            rounds=5,
             tolerance=0,
+            flops=2 * n_rows * n_tokens * model.cfg.n_layers * 12 * model.cfg.d_model**2,
         )
     ]
 

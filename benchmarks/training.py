@@ -33,7 +33,7 @@ def rows() -> list[Row]:
                 "Hugging Face GPT-2, bf16 autocast": hugging_face_bf16,
             },
             {"n_layers": n_layers, "width": width, "batch": batch, "loss": loss},
-            rounds=6 if width < 768 else 2,
+            rounds=9 if width < 768 else 2,
             flops=6 * batch * N_POSITIONS * n_layers * 12 * width**2,
             precision="bfloat16",
         )
