@@ -248,12 +248,15 @@ def tokenized(model: LensModel, prompts: Sequence[str]) -> tuple[Int[Tensor, "pr
             )
     # TransformerLens may put a begin-of-text token before every prompt; the first prompt tells.
     own = model.to_tokens(prompts[0], truncate=False)
-    before = own[0, : own.shape[1] - len(encoded[0])].tolist()
-    sizes = np.array([len(ids) for ids in encoded])
-    lengths = torch.from_numpy(sizes + len(before))
-    tokens = np.full((len(encoded), len(before) + int(sizes.max())), tokenizer.eos_token_id)
-    tokens[:, : len(before)] = before
-    tokens[:, len(before) :][np.arange(sizes.max()) < sizes[:, None]] = list(chain.from_iterable(encoded))
+    extra = own.shape[1] - len(encoded[0])
+    sizes = np.array([len(ids) + extra for ids in encoded])
+    lengths = torch.from_numpy(sizes)
+    if own[0, extra:].tolist() == encoded[0]:
+        tokens = np.full((len(encoded), int(sizes.max())), tokenizer.eos_token_id)
+        tokens[:, :extra] = own[0, :extra].tolist()
+        tokens[:, extra:][np.arange(sizes.max() - extra) < sizes[:, None] - extra] = list(chain.from_iterable(encoded))
+    else:  # a tokenizer that adds something behind the prompts as well
+        tokens = model.to_tokens(list(prompts), padding_side="right", truncate=False).cpu().numpy()
     if int(lengths.max()) > model.cfg.n_ctx:
         raise ModelError(
             call,

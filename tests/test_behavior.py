@@ -6,13 +6,15 @@ import warnings
 from contextlib import nullcontext
 
 import helpers
+import planted
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 import memgen_lens as mg
-from memgen_lens.behavior import by_length, complete, decode, greedy_tokens, observe, observe_items
+from memgen_lens.behavior import by_length, complete, decode, greedy_tokens, observe, observe_items, tokenized
 from memgen_lens.core.errors import ModelError, TaskError
 from memgen_lens.core.items import Item
 from memgen_lens.core.types import LensModel
@@ -350,3 +352,15 @@ def test_items_of_any_origin_can_be_observed():
     outcomes = observe_items(model, helpers.tiny_task(), items)
     assert [outcome.output for outcome in outcomes] == ["aa", "a", ""]
     assert [str(outcome.behavior) for outcome in outcomes] == ["generalization", "memorization", "other"]
+
+
+def test_a_token_that_a_tokenizer_adds_behind_the_prompts_is_kept():
+    model, prompts = planted.build_model(), ["abM=", "G="]
+    eos = model.tokenizer.eos_token_id
+    behind = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+    model.tokenizer.backend_tokenizer.post_processor = behind
+    tokens, lengths = tokenized(model, prompts)
+    assert lengths.tolist() == [5, 3]
+    for prompt, row, length in zip(prompts, tokens, lengths, strict=True):
+        assert row[:length].tolist() == model.to_tokens(prompt)[0].tolist()
+        assert row[length - 1] == eos
