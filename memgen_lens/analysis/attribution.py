@@ -114,7 +114,6 @@ def attribute_streaming(
             shapes[site] = mem.shape[1:]
             running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
             running.add(mem, gen)
-        del block, mem, gen  # before the next is made
     return {site: _scores(site, running, shapes[site]) for site, running in moments.items()}
 
 
