@@ -1,11 +1,13 @@
 """Small models and tasks that several tests need."""
 
 import resource
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import memgen_lens as mg
 from memgen_lens.training.trainer import TrainingRun
@@ -51,6 +53,34 @@ def tiny_training(**settings) -> mg.TrainConfig:
         }
         | settings
     )
+
+
+def hooked_transformer(**settings) -> HookedTransformer:
+    """A small model of TransformerLens' on which no weight, bias or norm is at a value that hides a mistake."""
+    cfg = HookedTransformerConfig(
+        **{
+            "n_layers": 3,
+            "d_model": 24,
+            "n_ctx": 16,
+            "d_head": 6,
+            "n_heads": 4,
+            "d_mlp": 40,
+            "d_vocab": 13,
+            "act_fn": "gelu",
+            "normalization_type": "LN",
+            "device": "cpu",
+            "seed": 0,
+        }
+        | settings
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
+        model = HookedTransformer(cfg)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
 
 
 def watched(model: Any) -> AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """The fast forward gives TransformerLens' logits and gradients, or says why it cannot."""
 
-import warnings
+from functools import partial
 
 import helpers
 import pytest
@@ -17,31 +17,7 @@ from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
 D_VOCAB = 13
 
 
-def hooked_transformer(**settings) -> HookedTransformer:
-    """A small model on which no weight, bias or norm is at a value that hides a mistake."""
-    cfg = HookedTransformerConfig(
-        **{
-            "n_layers": 2,
-            "d_model": 24,
-            "n_ctx": 16,
-            "d_head": 6,
-            "n_heads": 4,
-            "d_mlp": 40,
-            "d_vocab": D_VOCAB,
-            "act_fn": "gelu",
-            "normalization_type": "LN",
-            "device": "cpu",
-        }
-        | settings
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
-        model = HookedTransformer(cfg)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return model
+hooked_transformer = partial(helpers.hooked_transformer, n_layers=2, d_vocab=D_VOCAB)
 
 
 def groups_of(*shapes: tuple[int, int, int], seed: int = 0) -> list[Rows]:
