@@ -40,6 +40,8 @@ MODEL_SITES = ("hook_embed", "hook_pos_embed", "ln_final.hook_normalized")
 """Sites outside the blocks that can be tapped."""
 PIECE = 1024
 """Rows that go through a block's products together: what they need in between stays in the processor's cache."""
+SMALLEST_PIECE = 64
+"""Rows that are not parted further."""
 
 
 class Blocks:
@@ -84,16 +86,14 @@ class Blocks:
         """
         cfg = self.cfg
         qkv = self.buffer("qkv", len(x), self._qkv[layer][0].shape[1])
-        for first in range(0, len(x), PIECE):
-            piece = slice(first, first + PIECE)
-            qkv[piece] = self._before_attention(layer, x[piece], first, taps)
+        for piece in _pieces(len(x)):
+            qkv[piece] = self._before_attention(layer, x[piece], piece.start, taps)
         z = attend(qkv.view(len(x), 3, cfg.n_heads, cfg.d_head))
         if rows is not None:
             x = torch.index_select(x, 0, rows, out=self.buffer("rows", len(rows), cfg.d_model))
         out = self.buffer(f"residual {layer % 2}", len(x), cfg.d_model)
-        for first in range(0, len(x), PIECE):
-            piece = slice(first, first + PIECE)
-            out[piece] = self._behind_attention(layer, x[piece], z[piece], first, taps)
+        for piece in _pieces(len(x)):
+            out[piece] = self._behind_attention(layer, x[piece], z[piece], piece.start, taps)
         return out
 
     def buffer(self, name: str, n_rows: int, width: int) -> Float[Tensor, "row width"]:
@@ -150,6 +150,20 @@ class Blocks:
     ) -> Float[Tensor, "batch pos 3 head d_head"]:
         """Queries and keys turned by their positions, from ``first`` on, where the model has rotary ones."""
         return rotated(self.model.blocks[layer].attn, heads, self.cfg, first)
+
+
+def _pieces(n: int) -> list[slice]:
+    """``n`` rows in pieces of `PIECE`, the rest in powers of two: few shapes, as each that is new stays in memory.
+
+    oneDNN keeps what it has compiled for a shape, and freed blocks of ever other sizes leave holes.
+    """
+    pieces, first = [], 0
+    while first < n:
+        rest = n - first
+        size = PIECE if rest >= PIECE else 1 << (rest.bit_length() - 1) if rest > SMALLEST_PIECE else rest
+        pieces.append(slice(first, first + size))
+        first += size
+    return pieces
 
 
 def norm(module: Any, x: Float[Tensor, "row d_model"], cfg: Any) -> Float[Tensor, "row d_model"]:
