@@ -223,7 +223,7 @@ def _reader(model: LensModel, groups: Mapping[str, list[str]], batch_size: int) 
     if not is_plain(model) or not can_read(hooks):
         return own
     with torch.inference_mode():
-        blocks = Blocks(model)
+        blocks = Blocks(model, few_shapes=True)
     return fast
 
 

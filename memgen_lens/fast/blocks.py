@@ -41,7 +41,7 @@ MODEL_SITES = ("hook_embed", "hook_pos_embed", "ln_final.hook_normalized")
 PIECE = 1024
 """Rows that go through a block's products together: what they need in between stays in the processor's cache."""
 SMALLEST_PIECE = 64
-"""Rows that are not parted further."""
+"""Rows that are not parted further, where few shapes are wanted."""
 
 
 class Blocks:
@@ -49,9 +49,12 @@ class Blocks:
 
     Args:
         model: A model that `support.is_plain` is true of.
+        few_shapes: Part rows so that few shapes recur, for work without end: slower by some percent, and memory
+            levels off.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, few_shapes: bool = False) -> None:
+        self.smallest = SMALLEST_PIECE if few_shapes else PIECE
         self.model, self.cfg = model, model.cfg
         self.scales = [1 / float(block.attn.attn_scale) if model.cfg.use_attn_scale else 1.0 for block in model.blocks]
         self._buffers: dict[str, Tensor] = {}
@@ -86,13 +89,13 @@ class Blocks:
         """
         cfg = self.cfg
         qkv = self.buffer("qkv", len(x), self._qkv[layer][0].shape[1])
-        for piece in _pieces(len(x)):
+        for piece in _pieces(len(x), self.smallest):
             qkv[piece] = self._before_attention(layer, x[piece], piece.start, taps)
         z = attend(qkv.view(len(x), 3, cfg.n_heads, cfg.d_head))
         if rows is not None:
             x = torch.index_select(x, 0, rows, out=self.buffer("rows", len(rows), cfg.d_model))
         out = self.buffer(f"residual {layer % 2}", len(x), cfg.d_model)
-        for piece in _pieces(len(x)):
+        for piece in _pieces(len(x), self.smallest):
             out[piece] = self._behind_attention(layer, x[piece], z[piece], piece.start, taps)
         return out
 
@@ -152,15 +155,15 @@ class Blocks:
         return rotated(self.model.blocks[layer].attn, heads, self.cfg, first)
 
 
-def _pieces(n: int) -> list[slice]:
-    """``n`` rows in pieces of `PIECE`, the rest in powers of two: few shapes, as each that is new stays in memory.
+def _pieces(n: int, smallest: int) -> list[slice]:
+    """``n`` rows in pieces of `PIECE`, the rest in powers of two down to ``smallest``, and what is left.
 
-    oneDNN keeps what it has compiled for a shape, and freed blocks of ever other sizes leave holes.
+    oneDNN keeps what it has compiled for each shape, and freed blocks of ever other sizes leave holes in memory.
     """
     pieces, first = [], 0
     while first < n:
         rest = n - first
-        size = PIECE if rest >= PIECE else 1 << (rest.bit_length() - 1) if rest > SMALLEST_PIECE else rest
+        size = PIECE if rest >= PIECE else 1 << (rest.bit_length() - 1) if rest > smallest else rest
         pieces.append(slice(first, first + size))
         first += size
     return pieces
