@@ -50,11 +50,11 @@ def linear(
 
 
 def product(
-    x: Float[Tensor, "row d_in"],
+    x: Float[Tensor, "*row d_in"],
     weight: Float[Tensor, "d_out d_in"],
     bias: Float[Tensor, " d_out"] | None,
     act_fn: str = "none",
-) -> Float[Tensor, "row d_out"]:
+) -> Float[Tensor, "*row d_out"]:
     """``act_fn(x @ weight.T + bias)`` by oneDNN, all in one type; no gradient.
 
     Args:
@@ -138,7 +138,7 @@ class _Rerouted(TorchFunctionMode):
             x, weight = args[:2]
             bias = args[2] if len(args) > 2 else None
             if _plain(x, weight, *([] if bias is None else [bias])):
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+                return product(x, weight, bias)
         elif func in _MATMULS and not kwargs:
             a, b = args
             if a.ndim == b.ndim == 4 and a.shape[2] == 1 and _plain(a, b):

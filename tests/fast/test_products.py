@@ -37,7 +37,7 @@ def test_a_models_logits_stay_what_they_are_and_take_another_way(monkeypatch):
     monkeypatch.setattr(products, "product", lambda *arguments: taken.append(1) or product(*arguments))
     with products.fast_products(model):
         fast = model(tokens)
-    assert len(taken) > 3
+    assert len(taken) > 5
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
 
 
