@@ -98,7 +98,7 @@ def _hooked(model: Any) -> Any:
     """The same weights as a HookedTransformer."""
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
-    from memgen_lens.training import build_model
+    from memgen_lens.models import build_model
 
     config = mg.ModelConfig(
         n_layers=N_LAYERS, d_model=WIDTH, n_heads=N_HEADS, d_mlp=4 * WIDTH, act_fn="gelu_new", normalization_type="LN"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import memgen_lens as mg
 from benchmarks.harness import Row, Run
 from memgen_lens.fast.memory import freed_memory_kept
-from memgen_lens.training import build_model
+from memgen_lens.models import build_model
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
 
 N_POSITIONS, N_PROMPT = 14, 8

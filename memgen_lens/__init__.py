@@ -21,19 +21,20 @@ if TYPE_CHECKING:
         attribute_streaming,
         choose_setting,
         collect_pairs,
-        consistency,
         evaluate_steering,
         fit_probes,
         load_activations,
         record,
         sweep_steering,
     )
+    from memgen_lens.analysis import comparison as consistency
     from memgen_lens.behavior import complete, observe
     from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.experiment import run_experiment
-    from memgen_lens.training import load_model, save_model, train
+    from memgen_lens.models import load_model, save_model
+    from memgen_lens.training import train
     from memgen_lens.training_dynamics import dynamics
     from memgen_lens.viz import figures
     from memgen_lens.viz.report import write_report
@@ -50,17 +51,17 @@ _LAZY = {
     "choose_setting": "memgen_lens.analysis",
     "collect_pairs": "memgen_lens.analysis",
     "complete": "memgen_lens.behavior",
-    "consistency": "memgen_lens.analysis",
+    "consistency": "memgen_lens.analysis.comparison",
     "dynamics": "memgen_lens.training_dynamics",
     "evaluate_steering": "memgen_lens.analysis",
-    "figures": "memgen_lens.viz",
+    "figures": "memgen_lens.viz.figures",
     "fit_probes": "memgen_lens.analysis",
     "load_activations": "memgen_lens.analysis",
-    "load_model": "memgen_lens.training",
+    "load_model": "memgen_lens.models",
     "observe": "memgen_lens.behavior",
     "record": "memgen_lens.analysis",
     "run_experiment": "memgen_lens.experiment",
-    "save_model": "memgen_lens.training",
+    "save_model": "memgen_lens.models",
     "sweep_steering": "memgen_lens.analysis",
     "train": "memgen_lens.training",
     "write_report": "memgen_lens.viz.report",
@@ -108,7 +109,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    value = import_module(f"{_LAZY[name]}.{name}") if name in _MODULES else getattr(module, name)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -24,8 +24,7 @@ from memgen_lens.analysis import (
     record,
     sweep_steering,
 )
-from memgen_lens.analysis.activations import site_hooks
-from memgen_lens.analysis.consistency import across_tasks, split_half, task_names
+from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.behavior import observe
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import read_json, with_nulls, write_json, write_jsonl
@@ -41,9 +40,11 @@ from memgen_lens.core.metrics import (
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
 from memgen_lens.core.run_directory import prepare, processor
+from memgen_lens.models import build_model
+from memgen_lens.models.build import require_device
+from memgen_lens.models.sites import site_hooks
 from memgen_lens.presets import ExperimentConfig
-from memgen_lens.training import TrainingRun, build_model, train
-from memgen_lens.training.models import require_device
+from memgen_lens.training import TrainingRun, train
 from memgen_lens.viz.report import write_report
 
 PACKAGES = ("memgen-lens", "transformer-lens", "torch", "numpy", "scipy", "scikit-learn", "transformers", "plotly")

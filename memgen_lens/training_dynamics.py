@@ -20,9 +20,9 @@ from memgen_lens.analysis import (
     record,
     sweep_steering,
 )
-from memgen_lens.analysis.evaluation import Judge
-from memgen_lens.analysis.probes import fit_probe, score_probe
-from memgen_lens.analysis.transfer import ShiftRates, shift_rates
+from memgen_lens.analysis.probing.probes import fit_probe, score_probe
+from memgen_lens.analysis.steering.evaluation import Judge
+from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
 from memgen_lens.core.config import AnalysisConfig, ModelConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
@@ -32,10 +32,11 @@ from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, SteeringSetting
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.core.types import Behavior
+from memgen_lens.models import build_model, load_model
+from memgen_lens.models.tensors import load_tensors
 from memgen_lens.tasks.task import Task
-from memgen_lens.training import TrainingRun, build_model, load_model
+from memgen_lens.training import TrainingRun
 from memgen_lens.training.checkpoints import list_checkpoints
-from memgen_lens.training.models import load_tensors
 
 
 def dynamics(

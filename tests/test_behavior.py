@@ -14,13 +14,15 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 import memgen_lens as mg
-from memgen_lens.behavior import by_length, complete, decode, greedy_tokens, observe, observe_items, tokenized
+from memgen_lens.behavior import complete, observe, observe_items
 from memgen_lens.core.errors import ModelError, TaskError
 from memgen_lens.core.items import Item
 from memgen_lens.core.types import LensModel
+from memgen_lens.models import build_model
+from memgen_lens.models.step import greedy_tokens
+from memgen_lens.models.tokens import by_length, decode, tokenized
 from memgen_lens.tasks import Task
 from memgen_lens.tasks.tokenizer import build_tokenizer
-from memgen_lens.training import build_model
 
 TASK = helpers.tiny_task()
 MIXED = ["12+34=", "1", "7", "12+", "99+01=", "0=1+2", "1", "12+34=0", "5+", "<mem-7f>", "12+34=<mem-"]

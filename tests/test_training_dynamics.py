@@ -13,8 +13,8 @@ from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import to_json, with_nulls
 from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.models.tensors import load_tensors
 from memgen_lens.training.checkpoints import list_checkpoints
-from memgen_lens.training.models import load_tensors
 
 ANALYSIS = mg.AnalysisConfig(top_fractions=(0.1, 0.3), alphas=(2.0, 4.0), positions=("answer",))
 
@@ -140,7 +140,7 @@ def test_step_zero_is_the_model_that_training_began_with(tmp_path):
     task, out = helpers.tiny_task(), tmp_path / "run"
     config = helpers.tiny_training(max_steps=1, warmup_steps=0, learning_rate=1e-12, eval_every=1, checkpoint_every=1)
     run = mg.train(task, config, out=out, progress=False)
-    begun = mg.training.build_model(
+    begun = mg.models.build_model(
         config.model, task.tokenizer, n_ctx=run.model.cfg.n_ctx, seed=config.seed
     ).state_dict()
     kept = load_tensors(out / "checkpoints" / "step-000001" / "weights.safetensors")

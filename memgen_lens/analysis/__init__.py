@@ -3,13 +3,13 @@
 Does not train and does not draw.
 """
 
-from memgen_lens.analysis.activations import load_activations, record
-from memgen_lens.analysis.attribution import attribute, attribute_streaming
-from memgen_lens.analysis.evaluation import evaluate_steering
-from memgen_lens.analysis.pairs import collect_pairs
-from memgen_lens.analysis.probes import fit_probes
-from memgen_lens.analysis.steering import Steering
-from memgen_lens.analysis.sweep import choose_setting, sweep_steering
+from memgen_lens.analysis.attribution.observational import attribute, attribute_streaming
+from memgen_lens.analysis.probing.probes import fit_probes
+from memgen_lens.analysis.recording.activations import load_activations, record
+from memgen_lens.analysis.recording.pairs import collect_pairs
+from memgen_lens.analysis.steering.evaluation import evaluate_steering
+from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
 
 __all__ = [
     "Steering",

@@ -1,4 +1,4 @@
-"""What `memgen_lens.analysis.consistency` finds out: over halves of the pairs, training seeds and tasks.
+"""What `memgen_lens.analysis.comparison` finds out: over halves of the pairs, training seeds and tasks.
 
 Records hold plain values and numpy arrays, and can be written as JSON and read back. They do not compute.
 """

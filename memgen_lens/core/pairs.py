@@ -1,6 +1,6 @@
 """Prompts on which a model recalls, each beside a rephrasing on which it computes.
 
-Does not know how they were found: see `memgen_lens.analysis.pairs`.
+Does not know how they were found: see `memgen_lens.analysis.recording.pairs`.
 """
 
 from collections.abc import Mapping, Sequence

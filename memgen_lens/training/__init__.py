@@ -3,7 +3,6 @@
 Does not know the tasks (they arrive as arguments) nor the analysis.
 """
 
-from memgen_lens.training.models import build_model, load_model, save_model
 from memgen_lens.training.trainer import TrainingRun, train
 
-__all__ = ["TrainingRun", "build_model", "load_model", "save_model", "train"]
+__all__ = ["TrainingRun", "train"]

@@ -14,7 +14,7 @@ import torch
 
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import cannot_write, read_json, write_json
-from memgen_lens.training.models import load_tensors, save_tensors
+from memgen_lens.models.tensors import load_tensors, save_tensors
 
 
 def save_checkpoint(

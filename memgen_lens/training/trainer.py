@@ -24,10 +24,11 @@ from memgen_lens.core.records import Evaluation
 from memgen_lens.core.types import Behavior
 from memgen_lens.fast.memory import freed_memory_kept
 from memgen_lens.fast.support import why_not
+from memgen_lens.models.build import build_model, require_device
+from memgen_lens.models.save import save_model
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.checkpoints import load_newest, save_checkpoint
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
-from memgen_lens.training.models import build_model, require_device, save_model
 from memgen_lens.training.run_files import append_history, prepare, read_history
 
 SPARE_POSITIONS = 8

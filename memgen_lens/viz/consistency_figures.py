@@ -28,7 +28,7 @@ def split_half(result: SplitHalf) -> go.Figure:
 
     Above, the rank correlation of all neurons' rho; below, the share of the top neurons that both halves have in
     common, with a dotted line where the hypergeometric would put random sets. See
-    `memgen_lens.analysis.consistency.split_half`.
+    `memgen_lens.analysis.comparison.split_half`.
 
     Args:
         result: Halvings of one site's pairs.

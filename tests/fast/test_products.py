@@ -8,7 +8,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import memgen_lens as mg
 from memgen_lens.fast import products
-from memgen_lens.training import build_model
+from memgen_lens.models import build_model
 
 needs_onednn = pytest.mark.skipif(not products.available(), reason="this processor has no AVX-512: torch's own is used")
 

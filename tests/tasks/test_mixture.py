@@ -12,8 +12,8 @@ import memgen_lens as mg
 from memgen_lens.core.errors import PairsError, TaskError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.models import build_model
 from memgen_lens.tasks import Addition, Ciphertext, InContextInference, Mixture, Task, check
-from memgen_lens.training import build_model
 
 SPLITS = ("memorized", "rephrased", "heldout", "validation")
 SMALL = {"n_memorized": 12, "n_heldout": 10, "n_validation": 10}

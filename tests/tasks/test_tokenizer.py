@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from memgen_lens.core.errors import TaskError
+from memgen_lens.models import build_model
 from memgen_lens.tasks import Addition
 from memgen_lens.tasks.tokenizer import EOS, PAD, UNK, build_tokenizer
-from memgen_lens.training import build_model
 
 TOKENIZER = Addition().tokenizer
 VOCABULARY = Addition().vocabulary

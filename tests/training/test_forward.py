@@ -11,7 +11,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens.fast import products
 from memgen_lens.fast.support import why_not
-from memgen_lens.training import build_model, forward
+from memgen_lens.models import build_model
+from memgen_lens.training import forward
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
 
 D_VOCAB = 13

@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import memgen_lens as mg
-from memgen_lens.analysis.probes import fit_probe
+from memgen_lens.analysis.probing.probes import fit_probe
 from memgen_lens.core.errors import PairsError, SiteError
 from memgen_lens.core.records import Activations, SiteActivations
 

@@ -12,11 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memgen_lens.analysis.steering import Steering, steering_changes, steering_hooks
-from memgen_lens.behavior import by_length, decode, greedy_tokens, prefix_cache, repeat_cache
+from memgen_lens.analysis.steering.steering import Steering, steering_changes, steering_hooks
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
 from memgen_lens.fast.support import is_plain
+from memgen_lens.models.step import greedy_tokens, prefix_cache, repeat_cache
+from memgen_lens.models.tokens import by_length, decode
 
 
 def steered_outputs(

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, RunDirectoryError
-from memgen_lens.training import build_model, load_model, save_model
-from memgen_lens.training.models import load_tensors, save_tensors
+from memgen_lens.models import build_model, load_model, save_model
+from memgen_lens.models.tensors import load_tensors, save_tensors
 
 TASK = helpers.tiny_task()
 TOKENS = torch.randint(len(TASK.tokenizer), (5, 9), generator=torch.Generator().manual_seed(0))

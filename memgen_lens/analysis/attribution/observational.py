@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from memgen_lens.analysis.activations import EMBEDDING, recorded_blocks
-from memgen_lens.analysis.moments import PairMoments
+from memgen_lens.analysis.attribution.moments import PairMoments
+from memgen_lens.analysis.recording.activations import EMBEDDING, recorded_blocks
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs

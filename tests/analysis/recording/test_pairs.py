@@ -10,7 +10,7 @@ import memgen_lens as mg
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.training.models import build_model
+from memgen_lens.models.build import build_model
 
 SPLITS = ("select", "tune", "test")
 

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
-from memgen_lens.behavior import by_length, tokenized
-from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.errors import SiteError
 from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
@@ -28,25 +26,9 @@ from memgen_lens.fast.blocks import Blocks
 from memgen_lens.fast.products import fast_products
 from memgen_lens.fast.prompts import at_last_position, can_read
 from memgen_lens.fast.support import is_plain
+from memgen_lens.models.sites import site_hooks
+from memgen_lens.models.tokens import by_length, tokenized
 
-LAYER_SITES = (
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "pre",
-    "post",
-    "q",
-    "k",
-    "v",
-    "z",
-    "ln1",
-    "ln2",
-)
-"""Short names of sites inside the blocks, as TransformerLens' `get_act_name` knows them."""
-MODEL_SITES = ("embed", "pos_embed", "ln_final")
-"""Short names of sites outside the blocks: one layer."""
 EMBEDDING = "embedding"
 """Name under which the embedding at the answer position is kept beside the sites."""
 SIDES = ("memorized", "generalized")
@@ -255,45 +237,6 @@ def last_position(model: LensModel, tokens: Any, hooks: Sequence[str]) -> dict[s
                 fix="TransformerLens calls some only where a setting of its config says so, e.g. use_attn_result.",
             )
     return kept
-
-
-def site_hooks(model: LensModel, site: str) -> list[str]:
-    """Full hook-point names of a site, one a layer (one in all for a site outside the blocks).
-
-    Args:
-        model: A HookedTransformer.
-        site: A short name (``"resid_post"``), or a full one (``"blocks.0.mlp.hook_post"``).
-
-    Raises:
-        SiteError: The name is unknown, or this model does not have it.
-    """
-    if site in model.hook_dict:
-        return [site]
-    if site in MODEL_SITES:
-        hooks = ["ln_final.hook_normalized" if site == "ln_final" else get_act_name(site)]
-    elif site in LAYER_SITES:
-        name: Callable[[int], str] = (
-            (lambda layer: get_act_name("normalized", layer, site))
-            if site.startswith("ln")
-            else (lambda layer: get_act_name(site, layer))
-        )
-        hooks = [name(layer) for layer in range(model.cfg.n_layers)]
-    else:
-        raise SiteError(
-            f"site {site!r}",
-            expected="a TransformerLens short name or a full hook-point name",
-            received=repr(site),
-            fix=suggest(site, [*LAYER_SITES, *MODEL_SITES, *model.hook_dict]),
-        )
-    lacking = [hook for hook in hooks if hook not in model.hook_dict]
-    if lacking:
-        raise SiteError(
-            f"site {site!r}",
-            expected="a hook point of this model",
-            received=f"{lacking[0]}, which it does not have",
-            fix=suggest(lacking[0], model.hook_dict),
-        )
-    return hooks
 
 
 def _stop_layer(model: LensModel, hooks: Sequence[str]) -> int | None:

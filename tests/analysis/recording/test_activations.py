@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import load_file
 
 import memgen_lens as mg
-from memgen_lens.analysis import activations
-from memgen_lens.analysis.activations import LAYER_SITES, MODEL_SITES
+from memgen_lens.analysis.recording import activations
 from memgen_lens.core.errors import ModelError, PairsError, RunDirectoryError, SiteError
+from memgen_lens.models.sites import LAYER_SITES, MODEL_SITES
 
 ALL_SITES = [*LAYER_SITES, *MODEL_SITES]
 

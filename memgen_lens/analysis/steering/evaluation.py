@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from memgen_lens.analysis.generation import steered_outputs
-from memgen_lens.analysis.steering import Steering
-from memgen_lens.behavior import by_length, complete, observe_items
+from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.behavior import complete, observe_items
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
+from memgen_lens.models.tokens import by_length
 
 CONTROLS = ("random_neurons", "low_correlation", "random_sign")
 N_EXAMPLES = 6

@@ -9,8 +9,8 @@ from transformer_lens import TransformerLensKeyValueCache
 from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
-from memgen_lens.analysis.generation import steered_outputs
-from memgen_lens.analysis.steering import Steering, steered
+from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.steering import Steering, steered
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import NeuronScores
 

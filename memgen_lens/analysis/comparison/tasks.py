@@ -1,6 +1,6 @@
 """Is what is found on one task of a mixture true of another, in the same model?
 
-Public through `memgen_lens.analysis.consistency`. Does not train.
+Public through `memgen_lens.consistency`. Does not train.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from sklearn.pipeline import Pipeline
 
-from memgen_lens.analysis.activations import record
-from memgen_lens.analysis.attribution import attribute, correlation
-from memgen_lens.analysis.evaluation import Judge
-from memgen_lens.analysis.probes import fit_probes, score_probe
-from memgen_lens.analysis.resampled import PairSums
-from memgen_lens.analysis.steering import Steering
-from memgen_lens.analysis.sweep import choose_setting, sweep_steering
-from memgen_lens.analysis.transfer import shift_rates
+from memgen_lens.analysis.attribution.observational import attribute, correlation
+from memgen_lens.analysis.comparison.resampled import PairSums
+from memgen_lens.analysis.probing.probes import fit_probes, score_probe
+from memgen_lens.analysis.recording.activations import record
+from memgen_lens.analysis.steering.evaluation import Judge
+from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
+from memgen_lens.analysis.steering.transfer import shift_rates
 from memgen_lens.core.consistency_records import STEERING_RATES, Matrix, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import PromptPairs

@@ -1,27 +1,20 @@
-"""Are the neurons found the same on other pairs, in other trainings, on other tasks?
+"""Do two halves of the pairs find the same neurons?
 
-After the intra-task (between seeds) and inter-task consistency of arXiv 2412.18497 v2, as far as its summary tells;
-chance levels, nulls, intervals and the transfer of probes and steering are ours. Does not train.
+Does not train.
 """
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import hypergeom, rankdata
 
-from memgen_lens.analysis.attribution import correlation
-from memgen_lens.analysis.resampled import PairSums
-from memgen_lens.analysis.steering import Steering
-from memgen_lens.analysis.task_consistency import across_tasks, require_fraction, task_names
-from memgen_lens.core.consistency_records import SeedConsistency, SplitHalf
+from memgen_lens.analysis.attribution.observational import correlation
+from memgen_lens.analysis.comparison.resampled import PairSums
+from memgen_lens.analysis.comparison.tasks import require_fraction
+from memgen_lens.core.consistency_records import SplitHalf
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit
-from memgen_lens.core.records import Activations, NeuronScores
+from memgen_lens.core.records import Activations
 from memgen_lens.core.stats import largest, row_correlation
-
-__all__ = ["across_seeds", "across_tasks", "split_half", "task_names"]
 
 SPLITS_A_BLOCK = 10
 MINIMUM_ITEMS = 2 * MINIMUM_PAIRS
@@ -128,61 +121,3 @@ def _halves(
             found[f"{prefix}spearman"].append(np.nan_to_num(ranked))
             found[f"{prefix}overlap"].append((largest(a, count) & largest(b, count)).sum(1) / count)
     return {name: np.concatenate(blocks) for name, blocks in found.items()}
-
-
-def across_seeds(
-    scores: Mapping[Any, NeuronScores] | Sequence[NeuronScores], *, top_fraction: float = 0.1
-) -> SeedConsistency:
-    """Whether separately trained models keep the two behaviours apart in the same layers (intra-task consistency).
-
-    Neurons of separately trained models have no common index: any permutation of a hidden layer is the same model.
-    So nothing is compared neuron by neuron, only profiles over layers: the share of the top set in each layer, and
-    the largest abs(rho) of each layer; with Pearson correlations of these profiles between all pairs of models. With
-    few layers such a correlation says little, and with two it could only be 1 or -1: it is then left out.
-
-    Args:
-        scores: Scores of one site, one a model; a mapping from the models' seeds, or a list (numbered from 0).
-        top_fraction: Share of the site's neurons in a top set, in (0, 1).
-
-    Raises:
-        SettingsError: Fewer than two models, unlike sites or depths, or a fraction out of range.
-    """
-    call = "consistency.across_seeds"
-    require_fraction(top_fraction, call)
-    named = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
-    if len(named) < 2:
-        raise SettingsError(
-            call,
-            expected="scores of at least two models",
-            received=str(len(named)),
-            fix="Train with another seed: run_experiment(config.but(seed=1), out=...).",
-        )
-    kinds = sorted({f"{score.site} with {score.rho.shape[0]} layers" for score in named.values()})
-    if len(kinds) > 1:
-        raise SettingsError(
-            call,
-            expected="scores of one site and one depth",
-            received=", ".join(kinds),
-            fix="Compare models of one shape, a site at a time.",
-        )
-    first = next(iter(named.values()))
-    top = np.array([Steering.from_scores(score, top_fraction).selected.sum(1) for score in named.values()], dtype=float)
-    share = top / top.sum(1, keepdims=True)
-    peak = np.array([np.abs(score.rho).max(1) for score in named.values()], dtype=float)
-    why = None if first.rho.shape[0] > 2 else "profiles over fewer than three layers have no correlation worth reading"
-    return SeedConsistency(
-        site=first.site,
-        seeds=tuple(str(seed) for seed in named),
-        top_fraction=top_fraction,
-        top_share=share,
-        max_abs_rho=peak,
-        top_share_correlation=_profile_correlation(share, defined=why is None),
-        max_abs_rho_correlation=_profile_correlation(peak, defined=why is None),
-        why=why,
-    )
-
-
-def _profile_correlation(profiles: np.ndarray, *, defined: bool) -> np.ndarray:
-    n = len(profiles)
-    a, b = np.repeat(profiles, n, axis=0), np.tile(profiles, (n, 1))
-    return row_correlation(a, b).reshape(n, n) if defined else np.full((n, n), np.nan)

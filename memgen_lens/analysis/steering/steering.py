@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memgen_lens.analysis.activations import site_hooks
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Change
+from memgen_lens.models.sites import site_hooks
 
 
 @dataclass(frozen=True)

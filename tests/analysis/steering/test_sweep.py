@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memgen_lens as mg
-from memgen_lens.analysis.generation import steered_outputs
-from memgen_lens.analysis.steering import Steering
+from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.records import SteeringSetting, SweepRow
 

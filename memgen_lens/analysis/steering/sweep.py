@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memgen_lens.analysis.evaluation import Judge
-from memgen_lens.analysis.generation import steered_outputs
-from memgen_lens.analysis.steering import Steering
+from memgen_lens.analysis.steering.evaluation import Judge
+from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, SweepRow

@@ -1,0 +1,1 @@
+"""Which neurons differ between the two behaviours."""

@@ -1,0 +1,1 @@
+"""Predict the behaviour from activations."""

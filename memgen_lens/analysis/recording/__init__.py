@@ -1,0 +1,1 @@
+"""Prompts that flip, and what a model's neurons do at their answer position."""

@@ -1,0 +1,1 @@
+"""Change neurons at inference time, and judge what that does."""
