@@ -7,24 +7,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformer_lens import HookedTransformer
-from transformer_lens.components.attention import Attention
-from transformer_lens.components.embed import Embed
-from transformer_lens.components.layer_norm import LayerNorm
-from transformer_lens.components.layer_norm_pre import LayerNormPre
-from transformer_lens.components.mlps.gated_mlp import GatedMLP
-from transformer_lens.components.mlps.mlp import MLP
-from transformer_lens.components.pos_embed import PosEmbed
-from transformer_lens.components.rms_norm import RMSNorm
-from transformer_lens.components.rms_norm_pre import RMSNormPre
-from transformer_lens.components.transformer_block import TransformerBlock
-from transformer_lens.components.unembed import Unembed
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
-from transformer_lens.utilities.typed_module_list import TypedModuleList
 
 from memgen_lens.core.errors import ModelError
+from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.fast.mlp import ACTIVATIONS
+
+try:  # TransformerLens 3.x has HookedTransformer, 4.x does not; nothing else of ours asks which it is
+    with quiet_imports():
+        from transformer_lens import HookedTransformer
+        from transformer_lens.components.attention import Attention
+        from transformer_lens.components.embed import Embed
+        from transformer_lens.components.layer_norm import LayerNorm
+        from transformer_lens.components.layer_norm_pre import LayerNormPre
+        from transformer_lens.components.mlps.gated_mlp import GatedMLP
+        from transformer_lens.components.mlps.mlp import MLP
+        from transformer_lens.components.pos_embed import PosEmbed
+        from transformer_lens.components.rms_norm import RMSNorm
+        from transformer_lens.components.rms_norm_pre import RMSNormPre
+        from transformer_lens.components.transformer_block import TransformerBlock
+        from transformer_lens.components.unembed import Unembed
+        from transformer_lens.utilities.typed_module_list import TypedModuleList
+except ImportError:
+    HAS_HOOKED_TRANSFORMER = False
+else:
+    HAS_HOOKED_TRANSFORMER = True
 
 UNUSUAL = (
     "attn_only",
@@ -46,15 +54,23 @@ UNUSUAL = (
     "load_in_4bit",
 )
 """TransformerLens settings that must be off for this forward to be the same as the model's."""
-NORMS = {"LN": LayerNorm, "LNPre": LayerNormPre, "RMS": RMSNorm, "RMSPre": RMSNormPre, None: nn.Identity}
-OWN_MODULES: dict[str, type] = {
-    "embed": Embed,
-    "pos_embed": PosEmbed,
-    "unembed": Unembed,
-    "blocks": TypedModuleList,
-    "attn": Attention,
-}
+NORMS: dict[str | None, type] = {}
+OWN_MODULES: dict[str, type] = {}
 """What a model is made of, by the last part of a module's name, where nothing stands in another's place."""
+if HAS_HOOKED_TRANSFORMER:
+    NORMS |= {"LN": LayerNorm, "LNPre": LayerNormPre, "RMS": RMSNorm, "RMSPre": RMSNormPre, None: nn.Identity}
+    OWN_MODULES |= {
+        "embed": Embed,
+        "pos_embed": PosEmbed,
+        "unembed": Unembed,
+        "blocks": TypedModuleList,
+        "attn": Attention,
+    }
+
+
+def is_hooked_transformer(model: Any) -> bool:
+    """Whether a model is TransformerLens 3's own kind, of which 4 has none: there every model is a Bridge."""
+    return HAS_HOOKED_TRANSFORMER and isinstance(model, HookedTransformer)
 
 
 def why_not(cfg: Any) -> str | None:
@@ -104,7 +120,9 @@ def is_plain(model: Any) -> bool:
 
     A hook of the user's must fire, and a module that was put in place of another must run: both need the model itself.
     """
-    if type(model) is not HookedTransformer or why_not(model.cfg) is not None or _on_all_modules():
+    if not is_hooked_transformer(model) or type(model) is not HookedTransformer:
+        return False
+    if why_not(model.cfg) is not None or _on_all_modules():
         return False
     for name, module in model.named_modules():
         touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

@@ -17,14 +17,14 @@ from memgen_lens.core.config import ModelConfig
 from memgen_lens.core.errors import ModelError
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 
 with quiet_imports():
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    if HAS_HOOKED_TRANSFORMER:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 
-def build_model(
-    config: ModelConfig, tokenizer: Any, *, n_ctx: int, seed: int, device: str = "cpu"
-) -> HookedTransformer:
+def build_model(config: ModelConfig, tokenizer: Any, *, n_ctx: int, seed: int, device: str = "cpu") -> Any:
     """A HookedTransformer of random weights over a tokenizer's vocabulary.
 
     Args:
@@ -83,7 +83,7 @@ def require_device(device: str, *, call: str) -> None:
         )
 
 
-def hooked_transformer(cfg: HookedTransformerConfig, tokenizer: Any) -> HookedTransformer:
+def hooked_transformer(cfg: Any, tokenizer: Any) -> Any:
     """TransformerLens' model of a configuration, with a copy of a tokenizer."""
     with quiet_imports():
         # A copy, as TransformerLens gives the tokenizer a begin-of-text token and later refuses one that has it.

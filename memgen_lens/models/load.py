@@ -4,17 +4,20 @@ Does not know how they were trained.
 """
 
 from pathlib import Path
+from typing import Any
 
 from memgen_lens.core.files import damaged, missing, read_json
 from memgen_lens.core.quiet import quiet_imports
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 from memgen_lens.models.build import hooked_transformer, own_random_state, require_device
 from memgen_lens.models.tensors import load_tensors
 
 with quiet_imports():
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    if HAS_HOOKED_TRANSFORMER:
+        from transformer_lens import HookedTransformerConfig
 
 
-def load_model(directory: str | Path, *, device: str = "cpu") -> HookedTransformer:
+def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
     """The HookedTransformer that `save_model` or `train` wrote, with its tokenizer, in evaluation mode.
 
     Args:

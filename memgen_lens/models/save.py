@@ -7,13 +7,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from memgen_lens.core.files import write_json
 from memgen_lens.models.tensors import save_tensors
 
 
-def save_model(model: HookedTransformer, directory: str | Path) -> Path:
+def save_model(model: Any, directory: str | Path) -> Path:
     """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a directory.
 
     All three load with plain TransformerLens and transformers:

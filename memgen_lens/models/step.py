@@ -15,10 +15,10 @@ from torch import Tensor
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel
 from memgen_lens.fast.products import fast_products
-from memgen_lens.fast.support import require_room
+from memgen_lens.fast.support import is_hooked_transformer, require_room
 
 with quiet_imports():
-    from transformer_lens import HookedTransformer, TransformerLensKeyValueCache
+    from transformer_lens import TransformerLensKeyValueCache
     from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
 
@@ -51,7 +51,7 @@ def greedy_tokens(
     """
     eos = model.tokenizer.eos_token_id
     cache = prefix
-    if cache is None and use_cache and isinstance(model, HookedTransformer):
+    if cache is None and use_cache and is_hooked_transformer(model):
         cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     sequence, inputs = tokens, tokens if prefix is None else tokens[:, -1:]
@@ -72,7 +72,7 @@ def greedy_tokens(
 
 
 @torch.inference_mode()
-def prefix_cache(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> TransformerLensKeyValueCache:
+def prefix_cache(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> TransformerLensKeyValueCache:
     """Keys and values of all but the last token of prompts of one length, for `greedy_tokens`."""
     cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
     before = tokens[:, :-1]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from memgen_lens.behavior import observe
 from memgen_lens.core.config import TrainConfig
@@ -48,7 +47,7 @@ class TrainingRun:
         out: The run directory, if it has one.
     """
 
-    model: HookedTransformer
+    model: Any
     task: Any
     config: TrainConfig
     history: tuple[Evaluation, ...]
@@ -117,7 +116,7 @@ def train(
 def _loop(
     task: Any,
     config: TrainConfig,
-    model: HookedTransformer,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     directory: Path | None,
     state: dict[str, Any] | None,
@@ -185,7 +184,7 @@ def _loop(
 class _Forward:
     """The labelled logits of a batch: by the fast forward where the model allows, else by TransformerLens' own."""
 
-    def __init__(self, model: HookedTransformer, config: TrainConfig) -> None:
+    def __init__(self, model: Any, config: TrainConfig) -> None:
         self.model, self.device = model, config.device
         reason = why_not(model.cfg)
         self.fast = reason is None
@@ -235,7 +234,7 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * warmup * (1 - step / config.max_steps)
 
 
-def _measure(model: HookedTransformer, task: Any) -> tuple[float, float, float]:
+def _measure(model: Any, task: Any) -> tuple[float, float, float]:
     """Rule's answers on validation prompts, recall of memorized ones, rule's answers on their rephrasings."""
 
     def rate(split: Any, behavior: Behavior) -> float:

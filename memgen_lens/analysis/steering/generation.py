@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memgen_lens.analysis.steering.steering import Steering, steering_changes, steering_hooks
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
-from memgen_lens.fast.support import is_plain
+from memgen_lens.fast.support import is_hooked_transformer, is_plain
 from memgen_lens.models.step import greedy_tokens, prefix_cache, repeat_cache
 from memgen_lens.models.tokens import by_length, decode
 
@@ -101,7 +100,7 @@ def _complete(
             )
             return new.flatten(0, 1)
     prefix = None
-    if use_cache and isinstance(model, HookedTransformer) and positions != "all":
+    if use_cache and is_hooked_transformer(model) and positions != "all":
         prefix = repeat_cache(prefix_cache(model, tokens), n, room=max_new_tokens)
     # Where tokens come one by one, the first of them is the answer position.
     where = None if prefix is None else slice(None)
