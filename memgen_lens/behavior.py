@@ -4,21 +4,25 @@ Works on any HookedTransformer (and on whatever else meets the `LensModel` proto
 every hook fires. Does not know what the outputs are used for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.types import LensModel, Split
 from memgen_lens.fast.decoding import Intervention, greedy_copies
 from memgen_lens.fast.support import is_plain
-from memgen_lens.models.step import greedy_tokens
-from memgen_lens.models.tokens import by_length, decode
+from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.step import greedy_tokens, rows_at_once
+from memgen_lens.models.tokens import by_length, decode, in_batches
 
 
-def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048) -> list[Outcome]:
+def observe(
+    model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048, progress: bool = True
+) -> list[Outcome]:
     """What a model answers to every prompt of a task's split.
 
     Args:
@@ -26,6 +30,7 @@ def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_si
         task: A task (`memgen_lens.tasks`).
         split: ``"memorized"``, ``"rephrased"``, ``"heldout"`` or ``"validation"``.
         batch_size: Prompts in one forward pass.
+        progress: Show a progress bar, should it take longer than two seconds.
 
     Returns:
         One outcome a prompt, in the order of ``task.items(split)``.
@@ -34,13 +39,19 @@ def observe(model: LensModel, task: Any, *, split: Split = "memorized", batch_si
         TaskError: The task has no such split.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
-    return observe_items(model, task, task.items(split), batch_size=batch_size)
+    return observe_items(model, task, task.items(split), batch_size=batch_size, progress=progress)
 
 
-def observe_items(model: LensModel, task: Any, items: Sequence[Item], *, batch_size: int = 2048) -> list[Outcome]:
+def observe_items(
+    model: LensModel, task: Any, items: Sequence[Item], *, batch_size: int = 2048, progress: bool = True
+) -> list[Outcome]:
     """What a model answers to the prompts of some items; see `observe`."""
     outputs = complete(
-        model, [item.prompt for item in items], max_new_tokens=task.max_answer_tokens, batch_size=batch_size
+        model,
+        [item.prompt for item in items],
+        max_new_tokens=task.max_answer_tokens,
+        batch_size=batch_size,
+        progress=progress,
     )
     return [
         Outcome(item, output, task.classify(item, output), task.is_memorized_form(item, output))
@@ -48,32 +59,62 @@ def observe_items(model: LensModel, task: Any, items: Sequence[Item], *, batch_s
     ]
 
 
-def complete(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 2048) -> list[str]:
+def complete(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 2048,
+    prepend_bos: bool | None = None,
+    use_cache: bool = True,
+    progress: bool = True,
+) -> list[str]:
     """Greedy completions of prompts, without the prompt and the end-of-text token.
 
-    Prompts are grouped by their length in tokens rather than padded, so that a batch gives each prompt what it would
-    get alone.
+    A batch gives each prompt what it would get alone: its prompts are of about one length, padding is masked, and
+    positions are counted without it.
 
     Args:
-        model: A HookedTransformer with a tokenizer.
+        model: A lens model with a tokenizer.
         prompts: Any number of prompts.
         max_new_tokens: Tokens generated at most, the end-of-text token counted.
         batch_size: Prompts in one forward pass.
+        prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default: what
+            a HookedTransformer's ``cfg.default_prepend_bos`` says, and on a Bridge what the Hugging Face model's own
+            tokenizer does.
+        use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
+        progress: Show a progress bar, should it take longer than two seconds.
 
     Raises:
-        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+        ModelError: The model is compiled or no lens model, the tokenizer lacks a character, or model and tokens are on
+            different devices.
     """
+    call = "complete"
+    require_lens_model(model, call=call)
     outputs = [""] * len(prompts)
-    for index, tokens in by_length(model, prompts, batch_size=batch_size):
-        new = _greedy(model, tokens, max_new_tokens=max_new_tokens)
-        for i, text in zip(index, decode(model, new), strict=True):
-            outputs[i] = text
+    with progress_bar(len(prompts), "completing", shown=progress) as bar:
+        for index, new in _greedy(model, prompts, max_new_tokens, batch_size, prepend_bos, use_cache):
+            for i, text in zip(index, decode(model, new), strict=True):
+                outputs[i] = text
+            bar.update(len(index))
     return outputs
 
 
-def _greedy(model: LensModel, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int) -> Int[Tensor, "batch new"]:
-    """`greedy_tokens`, by the fast forward where no hook is to fire."""
-    if not is_plain(model):
-        return greedy_tokens(model, tokens, max_new_tokens=max_new_tokens)
-    how = {"copies": 1, "max_new_tokens": max_new_tokens, "eos": model.tokenizer.eos_token_id}
-    return greedy_copies(model, tokens, intervention=Intervention({}), **how)[0]
+def _greedy(
+    model: LensModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    prepend_bos: bool | None,
+    use_cache: bool,
+) -> Iterator[tuple[list[int], Int[Tensor, "batch new"]]]:
+    """New tokens batch by batch, by the fast forward where no hook is to fire."""
+    if use_cache and is_plain(model):
+        for index, tokens in by_length(model, prompts, batch_size=batch_size, prepend_bos=prepend_bos):
+            how = {"copies": 1, "max_new_tokens": max_new_tokens, "eos": model.tokenizer.eos_token_id}
+            yield index, greedy_copies(model, tokens, intervention=Intervention({}), **how)[0]
+        return
+    for whole in in_batches(model, prompts, batch_size=batch_size, room=max_new_tokens, prepend_bos=prepend_bos):
+        for batch in whole.parts(rows_at_once(model, whole.tokens.shape[1] + max_new_tokens, cached=use_cache)):
+            how = {"mask": batch.mask, "max_new_tokens": max_new_tokens, "use_cache": use_cache}
+            yield batch.index, greedy_tokens(model, batch.tokens, **how)

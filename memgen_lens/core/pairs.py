@@ -29,6 +29,8 @@ class PromptPairs:
         n_items: Items that were asked, flipping or not.
         n_flipped: Items with at least one pair; ``n_flipped / n_items`` is the flip rate.
         n_items_by_task: Items that were asked of each task; empty where that is not known.
+        prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it; None for what
+            the model does by itself (`memgen_lens.complete`).
     """
 
     memorized: tuple[Item, ...]
@@ -37,6 +39,7 @@ class PromptPairs:
     n_items: int
     n_flipped: int
     n_items_by_task: Mapping[str, int] = field(default_factory=dict)
+    prepend_bos: bool | None = None
 
     def __len__(self) -> int:
         return len(self.memorized)
@@ -55,6 +58,7 @@ class PromptPairs:
         rule_answers: Sequence[str] | None = None,
         memorized_answers: Sequence[str] | None = None,
         items: Sequence[int] | None = None,
+        prepend_bos: bool | None = None,
         shares: tuple[float, float] = (0.4, 0.2),
         seed: int = 0,
     ) -> "PromptPairs":
@@ -67,6 +71,9 @@ class PromptPairs:
                 unsteered model itself says on the paired prompt.
             memorized_answers: What recalling gives, one a pair; likewise optional.
             items: Which item each pair belongs to; pairs of one item never part. Default: each pair its own.
+            prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default:
+                a HookedTransformer's ``cfg.default_prepend_bos``; on a Bridge, what the Hugging Face model's own
+                tokenizer does.
             shares: Shares of items in ``select`` and ``tune``; the rest is ``test``.
             seed: Seed of the split.
 
@@ -116,6 +123,7 @@ class PromptPairs:
             split=split_items(keys, shares=shares, seed=seed),
             n_items=len(set(keys)),
             n_flipped=len(set(keys)),
+            prepend_bos=prepend_bos,
         )
 
     def of(self, split: PairSplit) -> Int[np.ndarray, " index"]:

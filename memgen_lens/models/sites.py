@@ -3,7 +3,7 @@
 Does not read or change what passes there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
@@ -26,21 +26,33 @@ LAYER_SITES = (
     "ln2",
 )
 """Short names of sites inside the blocks, as TransformerLens' `get_act_name` knows them."""
+BEFORE_BLOCKS = ("embed", "hook_embed", "pos_embed", "hook_pos_embed", "hook_tokens", "rotary_emb")
+"""First parts of the names of hook points that fire before the blocks."""
 MODEL_SITES = ("embed", "pos_embed", "ln_final")
 """Short names of sites outside the blocks: one layer."""
 
 
-def site_hooks(model: LensModel, site: str) -> list[str]:
+ENTERS_FIRST_BLOCK = "blocks.0.hook_resid_pre"
+"""What every model has in place of an embedding: with positions where these are added, scaled where it is scaled."""
+
+
+def site_hooks(model: LensModel, site: str, *, known: Collection[str] | None = None) -> list[str]:
     """Full hook-point names of a site, one a layer (one in all for a site outside the blocks).
 
+    Two sites may be other than their names let expect, on both of TransformerLens' kinds of model: ``ln1`` and ``ln2``
+    are normalized and stand before the norm's weight is applied; and with gated MLPs ``post`` is the product that
+    enters the down projection.
+
     Args:
-        model: A HookedTransformer.
+        model: A lens model.
         site: A short name (``"resid_post"``), or a full one (``"blocks.0.mlp.hook_post"``).
+        known: The model's hook points, where they have been looked up; a Bridge makes them anew at each look.
 
     Raises:
         SiteError: The name is unknown, or this model does not have it.
     """
-    if site in model.hook_dict:
+    known = model.hook_dict if known is None else known
+    if site in known:
         return [site]
     if site in MODEL_SITES:
         hooks = ["ln_final.hook_normalized" if site == "ln_final" else get_act_name(site)]
@@ -56,14 +68,22 @@ def site_hooks(model: LensModel, site: str) -> list[str]:
             f"site {site!r}",
             expected="a TransformerLens short name or a full hook-point name",
             received=repr(site),
-            fix=suggest(site, [*LAYER_SITES, *MODEL_SITES, *model.hook_dict]),
+            fix=suggest(site, [*LAYER_SITES, *MODEL_SITES, *known]),
         )
-    lacking = [hook for hook in hooks if hook not in model.hook_dict]
+    lacking = [hook for hook in hooks if hook not in known]
     if lacking:
         raise SiteError(
             f"site {site!r}",
             expected="a hook point of this model",
             received=f"{lacking[0]}, which it does not have",
-            fix=suggest(lacking[0], model.hook_dict),
+            fix=suggest(lacking[0], known),
         )
     return hooks
+
+
+def block_of(hook: str) -> int | None:
+    """The block that a hook point lies in, -1 for one before the blocks, None for one behind them."""
+    first, *rest = hook.split(".")
+    if first == "blocks":
+        return int(rest[0])
+    return -1 if first in BEFORE_BLOCKS else None

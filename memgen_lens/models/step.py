@@ -1,25 +1,77 @@
-"""Greedy generation through a model's own forward, with its key-value cache, so that every hook fires.
+"""One forward step through a model's own forward, with its key-value cache, so that every hook fires.
 
-Does not know what is hooked.
+For both of TransformerLens' kinds of model. Does not know what is hooked.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel
 from memgen_lens.fast.products import fast_products
 from memgen_lens.fast.support import is_hooked_transformer, require_room
+from memgen_lens.models.cache import Past
 
-with quiet_imports():
-    from transformer_lens import TransformerLensKeyValueCache
-    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+LOGITS_AT_ONCE = 1 << 27
+"""Logits of one forward pass (512 MiB of float32)."""
+CACHE_AT_ONCE = 1 << 26
+"""Numbers that the keys and values of one batch may hold (256 MiB of float32)."""
+
+
+def rows_at_once(model: LensModel, length: int, *, cached: bool = True) -> int:
+    """Rows of ``length`` positions that one forward pass may hold, so that logits and cache stay within bounds."""
+    cfg = model.cfg
+    vocabulary = max(int(getattr(cfg, "d_vocab_out", -1) or -1), int(cfg.d_vocab), 1)
+    logits = vocabulary * (1 if _keeps_last_logits(model) else length)
+    heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    past = 2 * cfg.n_layers * heads * cfg.d_head * length if cached else 1
+    return max(1, min(LOGITS_AT_ONCE // logits, CACHE_AT_ONCE // max(past, 1)))
+
+
+def forward(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    past: Past | None = None,
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits behind the last position; ``past`` is added to.
+
+    Args:
+        model: A lens model.
+        tokens: Tokens behind the past, padded on the left if at all.
+        mask: 1 for a token, 0 for padding; TransformerLens would otherwise take an end-of-text token for padding.
+        past: What has been run of the same sequences.
+    """
+    if is_hooked_transformer(model):
+        cache = {} if past is None else {"past_kv_cache": past.cache}
+        with fast_products(model):
+            logits = model(tokens, attention_mask=mask, **cache)
+    else:
+        whole = mask if past is None else torch.cat([past.mask, mask], dim=1)
+        extra = {"logits_to_keep": 1} if _keeps_last_logits(model) else {}
+        if takes(model, "use_cache"):
+            extra |= {"use_cache": past is not None}
+        if past is not None:
+            extra["past_key_values"] = past.cache
+        logits = model(tokens, attention_mask=whole, **extra)
+    if past is not None:
+        past.mask = torch.cat([past.mask, mask], dim=1)
+    return logits[:, -1]
+
+
+@torch.inference_mode()
+def run_before(model: LensModel, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]) -> Past | None:
+    """The past of all but the prompts' last token, for `greedy_tokens`; None where the model keeps none."""
+    if not keeps_past(model):
+        return None
+    past = Past.of_nothing(model, len(tokens), tokens.device)
+    if tokens.shape[1] > 1:
+        forward(model, tokens[:, :-1], mask[:, :-1], past)
+    return past if past.is_whole else None
 
 
 @torch.inference_mode()
@@ -28,20 +80,22 @@ def greedy_tokens(
     tokens: Int[Tensor, "batch pos"],
     *,
     max_new_tokens: int,
+    mask: Int[Tensor, "batch pos"] | None = None,
     use_cache: bool = True,
-    prefix: TransformerLensKeyValueCache | None = None,
-    during: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext(),
+    past: Past | None = None,
+    before: Callable[[int, slice], None] = lambda step, positions: None,
 ) -> Int[Tensor, "batch new"]:
-    """Greedy continuations of prompts of one length, until all have ended or ``max_new_tokens`` are made.
+    """Greedy continuations of prompts, until all have ended or ``max_new_tokens`` are made.
 
     Args:
         model: Model with a tokenizer that has an end-of-text token.
-        tokens: Prompts.
+        tokens: Prompts, padded on the left if at all.
         max_new_tokens: Tokens generated at most.
-        use_cache: Keep keys and values (a HookedTransformer only; others run the whole sequence every time).
-        prefix: Keys and values of all but the prompts' last token (see `prefix_cache`), which are then not run again;
-            it is added to.
-        during: Context that the forward pass of each step runs in, by step.
+        mask: 1 for a token, 0 for padding; default: there is none.
+        use_cache: Keep keys and values where the model can; otherwise the whole sequence is run every time.
+        past: What has been run of all but the prompts' last token (see `run_before`); it is added to.
+        before: Called before each forward pass with the step and the positions that it runs, counted from the first
+            of the prompts.
 
     Returns:
         New tokens; after a sequence's end, end-of-text tokens.
@@ -50,73 +104,39 @@ def greedy_tokens(
         ModelError: A sequence has not ended where the model's context does.
     """
     eos = model.tokenizer.eos_token_id
-    cache = prefix
-    if cache is None and use_cache and is_hooked_transformer(model):
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
+    mask = torch.ones_like(tokens) if mask is None else mask
+    if past is None and use_cache and keeps_past(model):
+        past = Past.of_nothing(model, len(tokens), tokens.device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    sequence, inputs = tokens, tokens if prefix is None else tokens[:, -1:]
+    sequence = tokens
     for step in range(max_new_tokens):
         require_room(sequence.shape[1], model.cfg.n_ctx, prompt_length=tokens.shape[1])
-        # An explicit mask: TransformerLens would otherwise take generated end-of-text tokens for padding.
-        extra = {"attention_mask": torch.ones_like(inputs)}
-        extra |= {"past_kv_cache": cache} if cache is not None else {}
-        with during(step), fast_products(model):
-            logits = model(inputs, **extra)
-        new = logits[:, -1].argmax(-1).masked_fill(ended, eos)
+        new_from = 0 if past is None else past.mask.shape[1]
+        before(step, slice(new_from, sequence.shape[1]))
+        logits = forward(model, sequence[:, new_from:], mask[:, new_from:], past)
+        if past is not None and not past.is_whole:
+            past = None  # the model does not keep what it was told to: run everything again from now on
+        new = logits.argmax(-1).masked_fill(ended, eos)
         ended |= new == eos
         sequence = torch.cat([sequence, new[:, None]], dim=1)
-        inputs = new[:, None] if cache is not None else sequence
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         if bool(ended.all()):
             break
     return sequence[:, tokens.shape[1] :]
 
 
-@torch.inference_mode()
-def prefix_cache(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> TransformerLensKeyValueCache:
-    """Keys and values of all but the last token of prompts of one length, for `greedy_tokens`."""
-    cache = TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, len(tokens))
-    before = tokens[:, :-1]
-    if before.shape[1]:
-        with fast_products(model):
-            model(before, attention_mask=torch.ones_like(before), past_kv_cache=cache, return_type=None)
-    return cache
+def keeps_past(model: LensModel) -> bool:
+    """Whether a model can be given keys and values of what was run before."""
+    if is_hooked_transformer(model):
+        return getattr(model.cfg, "attention_dir", "causal") == "causal"
+    return takes(model, "past_key_values")
 
 
-def repeat_cache(cache: TransformerLensKeyValueCache, copies: int, *, room: int) -> TransformerLensKeyValueCache:
-    """The keys and values of a batch repeated, copy after copy; the cache itself is left as it is.
-
-    Args:
-        cache: Keys and values of a batch.
-        copies: How often to repeat them.
-        room: Positions that are going to be added.
-    """
-    return TransformerLensKeyValueCache(
-        entries=[_RoomyEntry.of(entry, copies, room) for entry in cache.entries],
-        previous_attention_mask=cache.previous_attention_mask.repeat(copies, 1),
-    )
+def takes(model: Any, argument: str) -> bool:
+    """Whether the forward of the model in a Bridge has an argument; a lens model of any other kind has none."""
+    inner = getattr(model, "original_model", None)
+    return inner is not None and argument in signature(inner.forward).parameters
 
 
-@dataclass
-class _RoomyEntry(TransformerLensKeyValueCacheEntry):
-    """Keys and values of one layer with room for what is added, where TransformerLens' own copies all of them anew."""
-
-    buffers: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, entry: TransformerLensKeyValueCacheEntry, copies: int, room: int) -> "_RoomyEntry":
-        n = entry.past_keys.shape[1]
-        buffers = []
-        for past in (entry.past_keys, entry.past_values):
-            batch, _, *rest = past.shape
-            buffer = past.new_empty(copies, batch, n + room, *rest)
-            buffer[:, :, :n] = past
-            buffers.append(buffer.flatten(0, 1))
-        return cls(buffers[0][:, :n], buffers[1][:, :n], buffers=buffers)
-
-    def append(self, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
-        n = self.past_keys.shape[1]
-        end = n + new_keys.shape[1]
-        for buffer, new in zip(self.buffers, (new_keys, new_values), strict=True):
-            buffer[:, n:end] = new
-        self.past_keys, self.past_values = (buffer[:, :end] for buffer in self.buffers)
-        return self.past_keys, self.past_values
+def _keeps_last_logits(model: LensModel) -> bool:
+    return not is_hooked_transformer(model) and takes(model, "logits_to_keep")

@@ -191,7 +191,7 @@ def test_a_sequence_longer_than_the_context_is_refused_with_the_way_out():
 @pytest.fixture
 def only_its_own_forward(monkeypatch):
     """The fast forward may not be taken."""
-    for where in ("analysis.recording.activations", "behavior", "analysis.steering.generation"):
+    for where in ("analysis.recording.reading", "behavior", "analysis.steering.generation"):
         monkeypatch.setattr(f"memgen_lens.{where}.is_plain", lambda model: support.is_plain(model) and pytest.fail())
 
 

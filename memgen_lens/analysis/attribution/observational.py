@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.recording.activations import EMBEDDING, recorded_blocks
+from memgen_lens.analysis.recording.reading import EMBEDDING, recorded_blocks
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
@@ -73,6 +73,7 @@ def attribute_streaming(
     n_permutations: int = 1000,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: bool = True,
 ) -> dict[str, NeuronScores]:
     """`attribute`, straight from the model: one pass over the prompts, no activation kept.
 
@@ -87,6 +88,7 @@ def attribute_streaming(
         n_permutations: See `attribute`.
         seed: See `attribute`.
         batch_size: See `record`.
+        progress: See `record`.
 
     Returns:
         By site, the scores that ``attribute(record(model, pairs, sites), site)`` gives, to rounding.
@@ -107,7 +109,7 @@ def attribute_streaming(
         scored = replace(scored, **by_text)
     moments: dict[str, PairMoments] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, call=call):
+    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, progress=progress, call=call):
         for site, (mem, gen) in block.sides.items():
             if site == EMBEDDING:
                 continue

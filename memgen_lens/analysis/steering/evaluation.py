@@ -19,7 +19,8 @@ from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
-from memgen_lens.models.tokens import by_length
+from memgen_lens.models.step import forward, rows_at_once
+from memgen_lens.models.tokens import in_batches
 
 CONTROLS = ("random_neurons", "low_correlation", "random_sign")
 N_EXAMPLES = 6
@@ -204,13 +205,14 @@ def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_
 @torch.inference_mode()
 def _kl(model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size: int) -> Float[np.ndarray, " prompt"]:
     """KL(unsteered || steered towards generalization) of the next-token distribution, in nats, one a prompt."""
-    divergences = []
-    for _, tokens in by_length(model, prompts, batch_size=batch_size):
-        plain = model(tokens)[:, -1].double().log_softmax(-1)
-        with steer.applied(model, toward="generalization"):
-            changed = model(tokens)[:, -1].double().log_softmax(-1)
-        divergences.append((plain.exp() * (plain - changed)).sum(-1).cpu().numpy())
-    return np.concatenate(divergences)
+    divergences = np.empty(len(prompts))
+    for whole in in_batches(model, prompts, batch_size=batch_size):
+        for batch in whole.parts(rows_at_once(model, whole.tokens.shape[1], cached=False)):
+            plain = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
+            with steer.applied(model, toward="generalization"):
+                changed = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
+            divergences[batch.index] = (plain.exp() * (plain - changed)).sum(-1).cpu().numpy()
+    return divergences
 
 
 def _plain(rate: Rate) -> dict[str, Any]:

@@ -3,20 +3,24 @@
 Does not judge the outputs (see `evaluation`).
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
 from memgen_lens.analysis.steering.steering import Steering, steering_changes, steering_hooks
+from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
-from memgen_lens.fast.support import is_hooked_transformer, is_plain
-from memgen_lens.models.step import greedy_tokens, prefix_cache, repeat_cache
-from memgen_lens.models.tokens import by_length, decode
+from memgen_lens.fast.support import is_plain
+from memgen_lens.models.cache import Past
+from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.passes import At
+from memgen_lens.models.sites import site_hooks
+from memgen_lens.models.step import greedy_tokens, rows_at_once, run_before
+from memgen_lens.models.tokens import Batch, by_length, decode, in_batches
 
 
 def steered_outputs(
@@ -29,6 +33,8 @@ def steered_outputs(
     pairs: Int[np.ndarray, " prompt"] | None = None,
     batch_size: int = 2048,
     use_cache: bool = True,
+    prepend_bos: bool | None = None,
+    progress: bool = False,
 ) -> list[list[str]]:
     """Greedy completions of the same prompts under each of several steerings.
 
@@ -37,84 +43,132 @@ def steered_outputs(
     a plain HookedTransformer the layers below the first that is changed run once for steerings that say the same.
 
     Args:
-        model: A HookedTransformer.
+        model: A lens model.
         prompts: Prompts, the same for all steerings.
         steerings: Any number, of any sites.
         toward: The behaviour to push towards.
         max_new_tokens: Tokens generated at most.
         pairs: In patch mode, the source pair of each prompt.
-        batch_size: Rows (steerings x prompts) in one forward pass.
+        batch_size: Rows (steerings x prompts) in one forward pass at most.
         use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
+        prepend_bos: See `memgen_lens.complete`.
+        progress: Show a progress bar, should it take longer than two seconds.
 
     Returns:
         For each steering, one output a prompt.
+
+    Raises:
+        ModelError: The model is compiled or no lens model.
     """
+    require_lens_model(model, call="steering")
     outputs = [[""] * len(prompts) for _ in steerings]
-    kinds: dict[tuple[str, int, Positions], list[int]] = {}
-    for i, steering in enumerate(steerings):
-        setting = steering.setting
-        kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
-    for index, tokens in by_length(model, prompts, batch_size=batch_size):
-        at_once = max(1, batch_size // len(index))
-        for members in kinds.values():
-            for start in range(0, len(members), at_once):
-                block = members[start : start + at_once]
-                new = _complete(
-                    model,
-                    tokens,
-                    [steerings[i] for i in block],
-                    toward=toward,
-                    pairs=None if pairs is None else pairs[index],
-                    max_new_tokens=max_new_tokens,
-                    use_cache=use_cache,
-                )
-                texts = iter(decode(model, new))
-                for i in block:
-                    for prompt in index:
-                        outputs[i][prompt] = next(texts)
+    asked = _Asked(model, prompts, steerings, toward, pairs, max_new_tokens, batch_size, prepend_bos, use_cache)
+    with progress_bar(len(prompts) * len(steerings), "steering", shown=progress) as bar:
+        for index, members, new in asked.completed():
+            texts = iter(decode(model, new))
+            for i in members:
+                for prompt in index:
+                    outputs[i][prompt] = next(texts)
+            bar.update(len(index) * len(members))
     return outputs
 
 
-def _complete(
-    model: LensModel,
-    tokens: Int[Tensor, "prompt pos"],
-    steerings: Sequence[Steering],
-    *,
-    toward: Direction,
-    pairs: Int[np.ndarray, " prompt"] | None,
-    max_new_tokens: int,
-    use_cache: bool,
-) -> Int[Tensor, "row new"]:
-    """New tokens of prompts of one length under each steering, steering after steering."""
-    positions, n = steerings[0].setting.positions, len(steerings)
-    if use_cache and positions != "all" and is_plain(model):
-        changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
-        if can_change(list(changes)):
-            new = greedy_copies(
-                model,
-                tokens,
-                copies=n,
-                max_new_tokens=max_new_tokens,
-                eos=model.tokenizer.eos_token_id,
-                intervention=Intervention(changes, first_only=positions == "prompt"),
+Completed = tuple[Sequence[int], Sequence[int], Int[Tensor, "row new"]]
+"""Prompts, steerings, and the new tokens of each prompt under each steering, steering after steering."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `steered_outputs` was asked for."""
+
+    model: LensModel
+    prompts: Sequence[str]
+    steerings: Sequence[Steering]
+    toward: Direction
+    pairs: Int[np.ndarray, " prompt"] | None
+    max_new_tokens: int
+    batch_size: int
+    prepend_bos: bool | None
+    use_cache: bool
+
+    def completed(self) -> Iterator[Completed]:
+        """Everything, in any order; steerings of one kind together."""
+        kinds: dict[tuple[str, int, Positions], list[int]] = {}
+        for i, steering in enumerate(self.steerings):
+            setting = steering.setting
+            kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
+        plain = self.use_cache and is_plain(self.model)
+        fast, own = [], []
+        for (site, _, positions), members in kinds.items():
+            goes = plain and positions != "all" and can_change(site_hooks(self.model, site))
+            (fast if goes else own).append(members)
+        yield from self._fast(fast) if fast else ()
+        yield from self._own(own) if own else ()
+
+    def _fast(self, kinds: Sequence[Sequence[int]]) -> Iterator[Completed]:
+        """By the fast forward, prompts of one length at a time."""
+        how = {"batch_size": self.batch_size, "prepend_bos": self.prepend_bos}
+        for index, tokens in by_length(self.model, self.prompts, **how):
+            for members in kinds:
+                for block in _blocks(members, self.batch_size // len(index)):
+                    steerings, pairs = self._of(block, index)
+                    changes = steering_changes(self.model, steerings, toward=self.toward, pairs=pairs)
+                    first_only = steerings[0].setting.positions == "prompt"
+                    new = greedy_copies(
+                        self.model,
+                        tokens,
+                        copies=len(block),
+                        max_new_tokens=self.max_new_tokens,
+                        eos=self.model.tokenizer.eos_token_id,
+                        intervention=Intervention(changes, first_only=first_only),
+                    )
+                    yield index, block, new.flatten(0, 1)
+
+    def _own(self, kinds: Sequence[Sequence[int]]) -> Iterator[Completed]:
+        """By the model's own forward, prompts of about one length at a time."""
+        how = {"batch_size": self.batch_size, "room": self.max_new_tokens, "prepend_bos": self.prepend_bos}
+        for whole in in_batches(self.model, self.prompts, **how):
+            length = whole.tokens.shape[1] + self.max_new_tokens
+            at_once = min(self.batch_size, rows_at_once(self.model, length, cached=self.use_cache))
+            for batch in whole.parts(at_once):
+                for members in kinds:
+                    positions = self.steerings[members[0]].setting.positions
+                    reuses = self.use_cache and positions != "all"
+                    past = run_before(self.model, batch.tokens, batch.mask) if reuses else None
+                    for block in _blocks(members, at_once // len(batch.index)):
+                        yield batch.index, block, self._complete(batch, block, past)
+
+    def _complete(self, batch: Batch, block: Sequence[int], past: Past | None) -> Int[Tensor, "row new"]:
+        steerings, pairs = self._of(block, batch.index)
+        positions, answer = steerings[0].setting.positions, batch.tokens.shape[1] - 1
+        here: list[At | None] = [None]
+
+        def before(step: int, span: slice) -> None:
+            first = span.start if positions == "all" else max(answer, span.start)
+            stop = min(answer + 1, span.stop) if positions == "prompt" else span.stop
+            chosen = slice(first - span.start, stop - span.start)
+            here[0] = At(span.stop - span.start, chosen) if first < stop else None
+
+        hooks = steering_hooks(self.model, steerings, toward=self.toward, pairs=pairs, at=lambda: here[0])
+        copies = len(block)
+        with self.model.hooks(fwd_hooks=hooks):
+            return greedy_tokens(
+                self.model,
+                batch.tokens.repeat(copies, 1),
+                mask=batch.mask.repeat(copies, 1),
+                max_new_tokens=self.max_new_tokens,
+                use_cache=self.use_cache,
+                past=None if past is None else past.repeated(copies, room=self.max_new_tokens),
+                before=before,
             )
-            return new.flatten(0, 1)
-    prefix = None
-    if use_cache and is_hooked_transformer(model) and positions != "all":
-        prefix = repeat_cache(prefix_cache(model, tokens), n, room=max_new_tokens)
-    # Where tokens come one by one, the first of them is the answer position.
-    where = None if prefix is None else slice(None)
-    hooks = steering_hooks(model, steerings, toward=toward, pairs=pairs, prompt_length=tokens.shape[1], where=where)
 
-    def during(step: int) -> AbstractContextManager[Any]:
-        ended = prefix is not None and positions == "prompt" and step > 0
-        return nullcontext() if ended else model.hooks(fwd_hooks=hooks)
+    def _of(self, block: Sequence[int], index: Sequence[int]) -> tuple[list[Steering], np.ndarray | None]:
+        """Some steerings, and the source pairs of some prompts."""
+        pairs = None if self.pairs is None else np.asarray(self.pairs)[list(index)]
+        return [self.steerings[i] for i in block], pairs
 
-    return greedy_tokens(
-        model,
-        tokens.repeat(n, 1),
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
-        prefix=prefix,
-        during=during,
-    )
+
+def _blocks(members: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+    step = max(1, at_once)
+    for first in range(0, len(members), step):
+        yield members[first : first + step]

@@ -6,6 +6,7 @@ Does not choose its settings (see `sweep`) nor judge what it does (see `evaluati
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteE
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Change
+from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.passes import At, watched_passes
 from memgen_lens.models.sites import site_hooks
 
 
@@ -121,18 +124,20 @@ class Steering:
         *,
         toward: Direction,
         pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
-        prompt_length: int | None = None,
+        prompt_length: int | Sequence[int] | None = None,
     ) -> Iterator[LensModel]:
         """Steer every forward pass inside the ``with`` block; plain hooks, gone at its end, also after an exception.
 
+        Each row is steered at its own answer position: the last one of its prompt that is no padding. A pass that goes
+        on from a cache, or that runs the pass before and one more token, is a step of a generation.
+
         Args:
-            model: A HookedTransformer; call it, or its ``generate``, as ever.
+            model: A lens model; call it, or its ``generate``, as ever.
             toward: The behaviour to push towards.
             pairs: In patch mode, the source pair of each row of the batch; default: pair p for row p.
-            prompt_length: Tokens of the prompt. Needed where the whole sequence is run again at every step
-                (``use_past_kv_cache=False``) or answers are fed in: positions from ``prompt_length - 1`` on are then
-                steered. Default: a forward pass of more than one token is a prompt, of one token a cached step. With
-                ``prompt_length=1`` every pass of one token is taken for a prompt.
+            prompt_length: Positions of the prompt, padding before it counted; of all rows or of each. Needed where
+                answers are fed in behind the prompts. Default: a prompt ends where the attention mask does, or before
+                the pad tokens that a row ends in.
 
         Yields:
             The model, steered.
@@ -140,9 +145,13 @@ class Steering:
         Raises:
             SiteError: The model lacks the site, or has another shape there than the scores.
             SettingsError: ``toward`` is not a behaviour to steer towards.
+            ModelError: The model is compiled or no lens model; or (when it is run) where a prompt ends cannot be known.
         """
-        with steered(model, [self], toward=toward, pairs=pairs, prompt_length=prompt_length):
-            yield model
+        require_lens_model(model, call="Steering.applied")
+        with watched_passes(model, prompt_length=prompt_length) as passes:
+            at = partial(passes.where, self.setting.positions)
+            with model.hooks(fwd_hooks=steering_hooks(model, [self], toward=toward, pairs=pairs, at=at)):
+                yield model
 
     def with_neurons(
         self, selected: Bool[np.ndarray, "layer neuron"], shift: Float[np.ndarray, "layer neuron"]
@@ -151,58 +160,63 @@ class Steering:
         return replace(self, selected=selected, shift=shift)
 
 
-@contextmanager
-def steered(model: LensModel, steerings: Sequence[Steering], **how: Any) -> Iterator[None]:
-    """Steer every forward pass inside the ``with`` block; arguments and errors as in `steering_hooks`."""
-    with model.hooks(fwd_hooks=steering_hooks(model, steerings, **how)):
-        yield
-
-
 def steering_hooks(
     model: LensModel,
     steerings: Sequence[Steering],
     *,
     toward: Direction,
+    at: Callable[[], At | None],
     pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
-    prompt_length: int | None = None,
-    where: slice | None = None,
 ) -> list[tuple[Any, Callable[..., Any]]]:
     """Hooks for several steerings of one site and mode at once, which ride in the batch dimension.
 
     Args:
-        model: A HookedTransformer.
+        model: A lens model.
         steerings: One for every row, or one for each of as many equal blocks of rows, block after block.
         toward: See `Steering.applied`.
+        at: Asked in each hook for the positions of the running forward pass that are changed; None for none.
         pairs: See `Steering.applied`; of the rows of one block.
-        prompt_length: See `Steering.applied`.
-        where: Positions of the forward pass to change, whatever the setting says.
 
     Raises:
-        SiteError: The model lacks the site, or has another shape there than the scores.
+        SiteError: The model lacks the site, or has another shape there than the scores; or (when it is run) the site
+            has no row for each position.
         SettingsError: ``toward`` is not a behaviour to steer towards.
     """
     first, n = steerings[0], len(steerings)
 
-    def hook_of(change: Change) -> Callable[..., Tensor]:
+    def hook_of(name: str, change: Change) -> Callable[..., Tensor]:
         def steer(activation: Tensor, hook: Any) -> Tensor:
-            chosen = where or _positions(first.setting.positions, activation.shape[1], prompt_length)
-            if chosen is None:
+            here = at()
+            if here is None:
                 return activation
-            part = activation[:, chosen]
-            n_prompts = _rows_of_a_block(part, n, first, pairs)
-            row = torch.arange(len(part), device=part.device).repeat_interleave(part.shape[1])
+            if activation.ndim < 3 or activation.shape[1] != here.length:
+                raise SiteError(
+                    f"steering site {name!r}",
+                    expected=f"activations of the {here.length} positions that are run, [batch, pos, ...]",
+                    received=f"{list(activation.shape)}",
+                    fix="Steer the residual stream, the MLP or the heads' values: this one holds cached positions too.",
+                )
+            n_prompts = _rows_of_a_block(activation, n, first, pairs)
+            if isinstance(here.chosen, slice):
+                row = torch.arange(len(activation), device=activation.device)
+                part = activation[:, here.chosen]
+                row = row.repeat_interleave(part.shape[1])
+                place: Any = (slice(None), here.chosen)
+            else:
+                place = here.chosen.to(activation.device).nonzero(as_tuple=True)
+                part, row = activation[place][:, None], place[0]
             flat = part.flatten(2).flatten(0, 1)  # heads into the neuron axis, positions into rows
-            changed_part = change(flat, row // n_prompts, row % n_prompts).to(part.dtype).view_as(part)
-            if part.shape == activation.shape:
-                return changed_part
+            changed = change(flat, row // n_prompts, row % n_prompts).to(part.dtype).view_as(part)
+            if changed.shape == activation.shape:
+                return changed
             new = activation.clone()
-            new[:, chosen] = changed_part
+            new[place] = changed if isinstance(here.chosen, slice) else changed[:, 0]
             return new
 
         return steer
 
     changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
-    return [(name, hook_of(change)) for name, change in changes.items()]
+    return [(name, hook_of(name, change)) for name, change in changes.items()]
 
 
 def steering_changes(
@@ -235,18 +249,17 @@ def steering_changes(
     hooks = site_hooks(model, first.setting.site)
     if len(hooks) != len(first.selected):
         raise _wrong_shape(first.setting.site, f"{len(first.selected)} layers", f"{len(hooks)}")
-    device = next(iter(model.parameters())).device
     sign = 1.0 if toward == "memorization" else -1.0
 
     def change_of(layer: int) -> Change:
         if first.source is None:
             shifts = np.stack([sign * s.shift[layer] for s in steerings])
-            change = _shift(torch.as_tensor(shifts, dtype=torch.float32, device=device))
+            change = _shift(torch.as_tensor(shifts, dtype=torch.float32))
         else:
             side = first.source.generalized if toward == "generalization" else first.source.memorized
             rows = side[np.arange(len(side)) if pairs is None else _known_pairs(pairs, len(side)), layer]
             masks = np.stack([s.selected[layer] for s in steerings])
-            change = _patch(torch.as_tensor(rows, device=device), torch.as_tensor(masks, device=device))
+            change = _patch(torch.as_tensor(rows), torch.as_tensor(masks))
 
         def checked(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
             if h.shape[1] != first.selected.shape[1]:
@@ -257,17 +270,6 @@ def steering_changes(
 
     changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
     return {hooks[layer]: change_of(layer) for layer in changed.tolist()}
-
-
-def _positions(positions: Positions, length: int, prompt_length: int | None) -> slice | None:
-    """Which positions of a forward pass of ``length`` tokens are steered; None = none of them."""
-    if positions == "all":
-        return slice(None)
-    is_cached_step = length == 1 if prompt_length is None else length < prompt_length
-    if is_cached_step:
-        return None if positions == "prompt" else slice(None)
-    answer = (prompt_length or length) - 1
-    return slice(answer, answer + 1) if positions == "prompt" else slice(answer, None)
 
 
 def _known_pairs(pairs: Any, n: int) -> np.ndarray:
@@ -285,11 +287,25 @@ def _known_pairs(pairs: Any, n: int) -> np.ndarray:
 
 
 def _shift(shifts: Float[Tensor, "copy neuron"]) -> Change:
-    return lambda h, copy, prompt: h + (shifts[0] if len(shifts) == 1 else shifts.index_select(0, copy))
+    """Add each copy's shift; on the device of what is changed, which of a model spread over several is the layer's."""
+
+    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
+        nonlocal shifts
+        shifts = shifts.to(h.device)
+        return h + (shifts[0] if len(shifts) == 1 else shifts.index_select(0, copy))
+
+    return change
 
 
 def _patch(rows: Float[Tensor, "prompt neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
-    return lambda h, copy, prompt: torch.where(masks[copy], rows[prompt].to(h.dtype), h)
+    """Put the source rows' values in where a copy's mask is true."""
+
+    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
+        nonlocal rows, masks
+        rows, masks = rows.to(h.device), masks.to(h.device)
+        return torch.where(masks[copy], rows[prompt].to(h.dtype), h)
+
+    return change
 
 
 def _rows_of_a_block(part: Tensor, n: int, steering: Steering, pairs: Any) -> int:

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 import memgen_lens as mg
-from memgen_lens.analysis.recording import activations
+from memgen_lens.analysis.recording import reading
 from memgen_lens.core.errors import ModelError, PairsError, RunDirectoryError, SiteError
 from memgen_lens.models.sites import LAYER_SITES, MODEL_SITES
 
@@ -164,7 +164,7 @@ def test_the_tokens_come_along_padded_with_minus_one(model, mixed):
     [
         (["blocks.0.hook_resid_post"], "blocks.0"),
         (["blocks.0.mlp.hook_post", "embed"], "blocks.0"),
-        (["embed"], "embed"),
+        (["embed"], "blocks.0"),  # what enters the first block is kept beside any site
         (["resid_pre"], "blocks.1"),
     ],
 )
@@ -184,8 +184,8 @@ def test_the_forward_pass_stops_after_the_last_layer_asked_for(model, mixed, sit
         model.add_hook(name, count)
     mg.record(model, mixed, sites)
     reached = list(parts)[: list(parts).index(last) + 1]
-    # One call for each of the four lengths, in each part reached; none in the others.
-    assert calls == dict.fromkeys(reached, 4)
+    # One call for all four lengths, which are padded and masked, in each part reached; none in the others.
+    assert calls == dict.fromkeys(reached, 1)
 
 
 def test_recording_leaves_no_hook_and_the_same_model(model, mixed):
@@ -338,8 +338,8 @@ def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeyp
             raise RuntimeError("the third batch")
         return recorded(*arguments, **keywords)
 
-    recorded = activations._recorded
-    monkeypatch.setattr(activations, "_recorded", fail_later)
+    recorded = reading._recorded
+    monkeypatch.setattr(reading, "_recorded", fail_later)
     with pytest.raises(RuntimeError, match="the third batch"):
         mg.record(learned.model, learned.pairs, ["post"], batch_size=16, out=tmp_path)
     assert list(tmp_path.iterdir()) == []

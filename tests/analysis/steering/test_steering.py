@@ -10,9 +10,10 @@ from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.steering import Steering, steered
+from memgen_lens.analysis.steering.steering import Steering, steering_hooks
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import NeuronScores
+from memgen_lens.models.passes import At
 
 SIGN = {"memorization": 1.0, "generalization": -1.0}
 BOTH_WAYS = pytest.mark.parametrize("toward", ["generalization", "memorization"])
@@ -413,9 +414,11 @@ def test_patches_from_two_sources_ride_apart(known):
 
 def test_rows_that_do_not_divide_into_the_steerings_are_refused(known):
     steer = Steering.from_scores(known.score)
+    everywhere = At(4, slice(None))
+    hooks = steering_hooks(known.model, [steer, steer], toward="generalization", at=lambda: everywhere)
     with (
         pytest.raises(ModelError, match=r"a batch in 2 equal blocks; received 3 rows"),
-        steered(known.model, [steer, steer], toward="generalization"),
+        known.model.hooks(fwd_hooks=hooks),
     ):
         known.model(["abM=", "abG=", "acG="])
 

@@ -1,0 +1,214 @@
+"""Read chosen sites at the last position of prompts, block of pairs by block of pairs, and keep nothing else.
+
+Does not know where the values go: `activations` keeps them, attribution sums them up.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memgen_lens.core.errors import SiteError
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.progress import progress_bar
+from memgen_lens.core.types import LensModel
+from memgen_lens.fast.blocks import Blocks
+from memgen_lens.fast.products import fast_products
+from memgen_lens.fast.prompts import at_last_position, can_read
+from memgen_lens.fast.support import is_hooked_transformer, is_plain
+from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.sites import ENTERS_FIRST_BLOCK, block_of, site_hooks
+from memgen_lens.models.step import takes
+from memgen_lens.models.tokens import Batch, in_batches, tokenized
+
+EMBEDDING = "embedding"
+"""Name under which what enters the first block is kept beside the sites."""
+SIDES = ("memorized", "generalized")
+TOKENS_AT_ONCE = 20_480
+"""Tokens of one forward pass, where no number of prompts is asked for."""
+NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
+"""Hook points whose second axis is heads, whatever its length."""
+
+
+@dataclass(frozen=True)
+class RecordedBlock:
+    """Some consecutive pairs' activations; good until the next block is made.
+
+    Attributes:
+        first: Place of the first of these pairs among all.
+        sides: By site (and `EMBEDDING`), memorized then generalized: ``[2, pair, layer, neuron]``, float32.
+        tokens: Token ids, right-padded with -1: ``[2, pair, pos]``.
+    """
+
+    first: int
+    sides: dict[str, Float[np.ndarray, "2 pair layer neuron"]]
+    tokens: Int[np.ndarray, "2 pair pos"]
+
+
+def recorded_blocks(
+    model: LensModel,
+    pairs: PromptPairs,
+    sites: Sequence[str],
+    *,
+    batch_size: int | None,
+    progress: bool = False,
+    call: str,
+) -> Iterator[RecordedBlock]:
+    """Activations block by block, in the order of the pairs; nothing is kept of the blocks before, room is used again.
+
+    Raises:
+        SiteError: A site is unknown, or the model lacks it.
+        PairsError: There are no pairs.
+        ModelError: The model is compiled or no lens model, the tokenizer lacks a character, or model and tokens are on
+            different devices.
+    """
+    if isinstance(sites, str):
+        raise SiteError(call, expected="a list of sites", received=repr(sites), fix=f"Write sites=[{sites!r}].")
+    require_lens_model(model, call=call)
+    pairs.require(1, len(pairs), call=call)
+    known = model.hook_dict  # a Bridge makes it anew at each look
+    groups = {site: site_hooks(model, site, known=known) for site in sites} | {EMBEDDING: [ENTERS_FIRST_BLOCK]}
+    if batch_size is None:
+        some = [pairs.memorized[0].prompt, pairs.generalized[0].prompt]
+        longest = int(tokenized(model, some, prepend_bos=pairs.prepend_bos)[1].max())
+        batch_size = max(256, TOKENS_AT_ONCE // longest)
+    step = max(1, batch_size // 2)
+    read = _reader(model, groups, batch_size, pairs.prepend_bos)
+    with progress_bar(2 * len(pairs), "recording", shown=progress) as bar:
+        for first in range(0, len(pairs), step):
+            block = _recorded(read, pairs, slice(first, first + step))
+            bar.update(2 * block.tokens.shape[1])
+            yield block
+
+
+class _Read(NamedTuple):
+    """What groups of hook points give at the last position of prompts, and the prompts' tokens, padded with -1."""
+
+    values: dict[str, Float[np.ndarray, "prompt layer neuron"]]
+    tokens: Int[np.ndarray, "prompt pos"]
+
+
+def _recorded(read: Callable[[list[str]], _Read], pairs: PromptPairs, block: slice) -> RecordedBlock:
+    values, tokens = read([item.prompt for item in (*pairs.memorized[block], *pairs.generalized[block])])
+    sides = {site: value.reshape(2, -1, *value.shape[1:]) for site, value in values.items()}
+    return RecordedBlock(block.start, sides, tokens.reshape(2, -1, tokens.shape[1]))
+
+
+def _reader(
+    model: LensModel, groups: Mapping[str, list[str]], batch_size: int, prepend_bos: bool | None
+) -> Callable[[list[str]], _Read]:
+    """What reads the hook points: the fast forward where it can, else the model's own."""
+    hooks = list(dict.fromkeys(hook for group in groups.values() for hook in group))
+
+    def fast(prompts: list[str]) -> _Read:
+        padded, lengths = tokenized(model, prompts, prepend_bos=prepend_bos)
+        found = at_last_position(blocks, padded, lengths, list(groups.values()))
+        filled = torch.arange(padded.shape[1]) < lengths[:, None]
+        values = {name: values.cpu().numpy() for name, values in zip(groups, found, strict=True)}
+        return _Read(values, padded.cpu().masked_fill(~filled, -1).numpy())
+
+    def own(prompts: list[str]) -> _Read:
+        how = {"tokens_at_once": TOKENS_AT_ONCE, "prepend_bos": prepend_bos}
+        batches = in_batches(model, prompts, batch_size=batch_size, **how)
+        order = np.argsort([i for batch in batches for i in batch.index])
+        kept = read_last_position(model, batches, hooks)
+        values = {
+            name: np.stack([np.concatenate(kept[hook])[order] for hook in group], axis=1)
+            for name, group in groups.items()
+        }
+        return _Read(values, _right_padded(batches, len(prompts)))
+
+    if not is_plain(model) or not can_read(hooks):
+        return own
+    with torch.inference_mode():
+        blocks = Blocks(model, few_shapes=True)
+    return fast
+
+
+@torch.inference_mode()
+def read_last_position(
+    model: LensModel, batches: Sequence[Batch], hooks: Sequence[str]
+) -> dict[str, list[Float[np.ndarray, "batch neuron"]]]:
+    """What the hook points give at the last position of some prompts, batch by batch, heads flattened.
+
+    Raises:
+        SiteError: A hook point has no row for each position, or the forward pass never reaches it.
+    """
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in hooks}
+    seen: dict[str, np.ndarray] = {}  # some hook points fire more than once a pass, with the same values
+    shape: list[int] = []
+
+    def keeper(name: str) -> Callable[[Tensor, Any], None]:
+        # By the name that was asked for: on a Bridge, the hook point's own name is another.
+        def keep(activation: Tensor, hook: Any) -> None:
+            by_head = name.endswith(NO_POSITIONS) or str(hook.name).endswith(NO_POSITIONS)
+            if by_head or activation.ndim < 3 or list(activation.shape[:2]) != shape:
+                raise SiteError(
+                    f"site {name!r}",
+                    expected="activations with one row a position, [batch, pos, ...]",
+                    received=f"{list(activation.shape)} for tokens of {shape}",
+                    fix="Choose a site of the residual stream, the MLP or the heads' values.",
+                )
+            seen[name] = activation[:, -1].flatten(1).float().cpu().numpy().copy()
+
+        return keep
+
+    with model.hooks(fwd_hooks=[(name, keeper(name)) for name in hooks]):
+        for batch in batches:
+            shape[:] = batch.tokens.shape
+            _run(model, batch, hooks)
+            for name in hooks:
+                if name not in seen:
+                    raise _never_called(name)
+                kept[name].append(seen.pop(name))
+    return kept
+
+
+def _run(model: LensModel, batch: Batch, hooks: Sequence[str]) -> None:
+    """A forward pass as far as the hooks need it, without the vocabulary where that can be."""
+    stop = _stop_layer(model, hooks)
+    if is_hooked_transformer(model):
+        behind_norm = any(name.startswith("unembed") for name in hooks)
+        with fast_products(model):
+            model(
+                batch.tokens,
+                attention_mask=batch.mask,
+                return_type="logits" if behind_norm else None,
+                stop_at_layer=stop,
+            )
+        return
+    logits = any(name.startswith(("unembed", "hook_unembed")) for name in hooks)
+    extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") and not logits else {}
+    extra |= {"use_cache": False} if takes(model, "use_cache") else {}
+    # A Bridge stops by an exception from a block: it has none behind the last.
+    stop = None if stop == model.cfg.n_layers else stop
+    model(batch.tokens, attention_mask=batch.mask, stop_at_layer=stop, **extra)
+
+
+def _never_called(name: str) -> SiteError:
+    return SiteError(
+        f"site {name!r}",
+        expected="a hook point that this model's forward pass reaches",
+        received=f"{name}, which it has and never calls",
+        fix="TransformerLens calls some only where a setting of its config says so, e.g. use_attn_result.",
+    )
+
+
+def _stop_layer(model: LensModel, hooks: Sequence[str]) -> int | None:
+    """The first block that no hook needs; None where a hook lies behind the blocks."""
+    layers = [block_of(hook) for hook in hooks]
+    return None if None in layers else max(layer for layer in layers if layer is not None) + 1
+
+
+def _right_padded(batches: Sequence[Batch], n: int) -> Int[np.ndarray, "prompt pos"]:
+    """Tokens of all prompts in their order, padded on the right with -1."""
+    tokens = np.full((n, max((batch.tokens.shape[1] for batch in batches), default=0)), -1, dtype=np.int64)
+    for batch in batches:
+        rows, filled = batch.tokens.cpu().numpy(), batch.mask.cpu().numpy().astype(bool)
+        for place, row, real in zip(batch.index, rows, filled, strict=True):
+            tokens[place, : real.sum()] = row[real]
+    return tokens
