@@ -4,6 +4,7 @@ Does not know models; a classifier on recorded activations is all there is to a 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -124,7 +125,7 @@ def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarra
 
 def score_probe(
     probe: Pipeline | PromptProbe,
-    features: Float[np.ndarray, "row feature"] | csr_array,
+    features: Any,
     labels: Bool[np.ndarray, " row"],
     items: Int[np.ndarray, " row"],
     *,
@@ -134,7 +135,7 @@ def score_probe(
 
     Args:
         probe: What `fit_probe` or `fit_prompt_probe` returned.
-        features: One row a prompt.
+        features: One row a prompt: what the probe was fitted on, ``[row, feature]``.
         labels: True for memorization; both classes occur.
         items: Item of each row.
         seed: Seed of the bootstrap.
@@ -165,7 +166,7 @@ def _fit(data: _Data, rows: Float[np.ndarray, "row feature"], train: np.ndarray 
     return fit_probe(rows[train], data.labels[train])
 
 
-def _test(data: _Data, probe: Pipeline | PromptProbe, rows: np.ndarray | csr_array, seed: int) -> ProbeScores:
+def _test(data: _Data, probe: Pipeline | PromptProbe, rows: Any, seed: int) -> ProbeScores:
     return score_probe(probe, rows[data.test], data.labels[data.test], data.items[data.test], seed=seed)
 
 

@@ -65,8 +65,8 @@ def fit_prompt_probe(features: csr_array, labels: Bool[np.ndarray, " row"]) -> P
     """
     scaler = StandardScaler(with_mean=False).fit(features)
     scale, mean = np.asarray(scaler.scale_), np.asarray(scaler.mean_)
-    rows, shift, y = scaler.transform(features), mean / scale, labels.astype(float)
-    columns, penalty = rows.T.tocsr(), 1 / len(y)
+    rows = csr_array(scaler.transform(features))
+    columns, shift, y, penalty = rows.T.tocsr(), mean / scale, labels.astype(float), 1 / len(labels)
 
     def loss_and_gradient(parameters: Float[np.ndarray, " p"]) -> tuple[float, Float[np.ndarray, " p"]]:
         weights, intercept = parameters[:-1], parameters[-1]
@@ -77,7 +77,7 @@ def fit_prompt_probe(features: csr_array, labels: Bool[np.ndarray, " row"]) -> P
         return float(loss), np.append(slope, residual.sum())
 
     options = {"maxiter": MAX_ITER, "maxls": 50, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps}  # scikit-learn's
-    start = np.zeros(rows.shape[1] + 1)
+    start = np.zeros(len(scale) + 1)
     found = minimize(loss_and_gradient, start, method="L-BFGS-B", jac=True, options=options).x
     coef = found[:-1] / scale
     return PromptProbe(coef, float(found[-1] - mean @ coef))

@@ -19,7 +19,7 @@ from memgen_lens.core.records import Activations, SiteActivations
 
 
 def prose(n_pairs, n_pos, n_words, *, signal=0.0, seed=0):
-    """Words as frequent as in a language (Zipf) after a BOS; every fifth prompt is shorter, memorized ones lean on a few."""
+    """Words as frequent as in a language (Zipf) after a BOS; every fifth prompt shorter, memorized ones with a lean."""
     rng = np.random.default_rng(seed)
     frequency = 1 / np.arange(1, n_words + 1)
     tokens = 1 + rng.choice(n_words, size=(2 * n_pairs, n_pos), p=frequency / frequency.sum())
