@@ -1,7 +1,8 @@
 """Is this model recalling or computing, which neurons make the difference, and can we switch it?
 
 A plugin on TransformerLens, after arXiv 2412.18497. Import it as ``import memgen_lens as mg``; torch is imported when
-a name that needs it is first used.
+a name that needs it is first used. Where torch is not loaded yet, its threads are told not to spin for long while they
+wait (`memgen_lens.core.threads`).
 """
 
 from importlib import import_module
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from memgen_lens import tasks
 from memgen_lens.core.config import AnalysisConfig, ModelConfig, TrainConfig
 from memgen_lens.core.errors import MemgenError
+from memgen_lens.core.threads import wait_briefly
 from memgen_lens.core.types import Behavior
 from memgen_lens.presets import PRESETS as presets
 from memgen_lens.presets import ExperimentConfig
+
+wait_briefly()  # also in the shell, which imports the package first
 
 if TYPE_CHECKING:
     from memgen_lens.analysis import (

@@ -1,11 +1,13 @@
 """Intervals, false discovery rate and bootstrap against formulas and loops written by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, fdr, mean_of_draws, wilson
 
@@ -103,6 +105,38 @@ def test_the_bootstrap_is_that_of_a_loop_that_repeats_the_rows_of_each_drawn_ite
         assert len(areas) < 200
     assert found["auroc"] == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-12)
     assert found["accuracy"] == pytest.approx(tuple(np.quantile(accuracies, [0.025, 0.975])), abs=1e-12)
+
+
+@pytest.mark.parametrize("digits", [0, 1, 6], ids=["many ties", "some ties", "no ties"])
+def test_the_bootstrap_is_that_of_weights_given_to_scikit_learn_in_several_blocks(monkeypatch, digits):
+    rng = np.random.default_rng(digits)
+    groups = np.repeat(np.arange(70), rng.integers(1, 4, size=70))
+    labels = rng.random(len(groups)) < 0.5
+    decision = np.round(rng.normal(size=len(groups)) + labels, digits)
+    monkeypatch.setattr("memgen_lens.core.stats._BLOCK_ENTRIES", 7 * len(groups))  # 7 resamples at once, and 2 left
+
+    found = bootstrap_auroc_and_accuracy(labels, decision, groups, n_resamples=100, seed=5)
+
+    weights = np.random.default_rng(5).multinomial(70, np.full(70, 1 / 70), size=100)[:, groups]
+    areas = [roc_auc_score(labels, decision, sample_weight=weight) for weight in weights]
+    accuracies = [np.average((decision > 0) == labels, weights=weight) for weight in weights]
+    assert found["auroc"] == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-12)
+    assert found["accuracy"] == pytest.approx(tuple(np.quantile(accuracies, [0.025, 0.975])), abs=1e-12)
+
+
+def test_the_memory_of_the_bootstrap_does_not_grow_with_the_rows():
+    """Of 16,000 pairs: where each row met each other value, 7.6 GiB."""
+    peaks = []
+    for n in (4_000, 16_000):
+        labels, groups = np.tile([True, False], n), np.repeat(np.arange(n), 2)
+        decision = np.random.default_rng(0).normal(size=2 * n) + labels
+        tracemalloc.start()
+        try:
+            bootstrap_auroc_and_accuracy(labels, decision, groups, seed=0)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 100e6 and peaks[1] < 1.2 * peaks[0]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -4,14 +4,17 @@ Does not know models; a classifier on recorded activations is all there is to a 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from memgen_lens.analysis.probing.prompt import MAX_ITER, PromptProbe, fit_prompt_probe, prompt_features
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.records import Activations, ProbeReport, ProbeScores, SiteActivations
 from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy
@@ -27,7 +30,7 @@ def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
     layer is chosen by cross-validation among the former, folds grouped by item (arXiv 2412.18497, sec. 6, trains one
     classifier a layer and reports its accuracy alone). Beside each: the same probe
 
-    - on the prompt alone (``input_only``): counts of tokens and one-hots of the token at each position;
+    - on the prompt alone (``input_only``): counts of tokens and one-hots of the token at each position, sparse;
     - on labels shuffled among the training prompts (``shuffled``), mean over 20 shuffles, at the chosen layer;
     - on the embedding at the answer position (``embedding``); where all prompts end in the same token at the same
       position it is constant, and its AUROC 0.5.
@@ -47,25 +50,21 @@ def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
     data = _Data.of(acts, train, test)
     rng = np.random.default_rng(seed)
 
-    n_layers = recorded.memorized.shape[1]
-    layers = [_stack(recorded, layer) for layer in range(n_layers)]
-    cross_validated = tuple(_grouped_auroc(data, rows) for rows in layers)
-    best = int(np.argmax(cross_validated))
-    fitted = tuple(_fit(data, rows) for rows in layers)
-    prompt = _prompt_features(acts.tokens)
-    embedding = _stack(acts.embedding, 0)
+    layers = [_layer(data, _stack(recorded, layer), seed) for layer in range(recorded.memorized.shape[1])]
+    best = int(np.argmax([layer.cv_auroc for layer in layers]))
+    of_best, embedding = _stack(recorded, best), _stack(acts.embedding, 0)  # [row, neuron] each
     return ProbeReport(
         site=site,
-        by_layer=tuple(_test(data, probe, rows, seed) for probe, rows in zip(fitted, layers, strict=True)),
-        cv_auroc_by_layer=cross_validated,
+        by_layer=tuple(layer.scores for layer in layers),
+        cv_auroc_by_layer=tuple(layer.cv_auroc for layer in layers),
         best_layer=best,
-        input_only=_test(data, _fit(data, prompt), prompt, seed),
-        shuffled=_shuffled(data, layers[best], rng),
+        input_only=_prompt_alone(data, prompt_features(acts.tokens), seed),
+        shuffled=_shuffled(data, of_best, rng),
         embedding=_test(data, _fit(data, embedding), embedding, seed),
-        learning_curve=_learning_curve(data, layers[best], rng),
+        learning_curve=_learning_curve(data, of_best, layers[best].scores.auroc, rng),
         n_train=len(train),
         n_test=len(test),
-        probes=fitted,
+        probes=tuple(layer.probe for layer in layers),
     )
 
 
@@ -84,6 +83,15 @@ class _Data:
         labels = np.repeat([True, False], n)
         items = np.tile(acts.pairs.item, 2)
         return cls(labels, items, np.concatenate([train, train + n]), np.concatenate([test, test + n]))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's probe, its scores on the test rows, and its out-of-fold AUROC on the training rows."""
+
+    probe: Pipeline
+    scores: ProbeScores
+    cv_auroc: float
 
 
 def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
@@ -112,12 +120,12 @@ def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarra
         PairsError: The labels are of one class only.
     """
     require_two_classes(labels, call="fit_probe")
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, labels)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER)).fit(features, labels)
 
 
 def score_probe(
-    probe: Pipeline,
-    features: Float[np.ndarray, "row feature"],
+    probe: Pipeline | PromptProbe,
+    features: Any,
     labels: Bool[np.ndarray, " row"],
     items: Int[np.ndarray, " row"],
     *,
@@ -126,8 +134,8 @@ def score_probe(
     """How well a fitted probe tells rows it was not fitted on, with intervals resampled by item.
 
     Args:
-        probe: What `fit_probe` returned.
-        features: One row a prompt.
+        probe: What `fit_probe` or `fit_prompt_probe` returned.
+        features: One row a prompt: what the probe was fitted on, ``[row, feature]``.
         labels: True for memorization; both classes occur.
         items: Item of each row.
         seed: Seed of the bootstrap.
@@ -142,12 +150,23 @@ def score_probe(
     )
 
 
+def _layer(data: _Data, rows: Float[np.ndarray, "row neuron"], seed: int) -> _Layer:
+    probe = _fit(data, rows)
+    return _Layer(probe, _test(data, probe, rows, seed), _grouped_auroc(data, rows))
+
+
+def _prompt_alone(data: _Data, rows: csr_array, seed: int) -> ProbeScores:
+    labels = data.labels[data.train]
+    require_two_classes(labels, call="fit_probes")
+    return _test(data, fit_prompt_probe(rows[data.train], labels), rows, seed)
+
+
 def _fit(data: _Data, rows: Float[np.ndarray, "row feature"], train: np.ndarray | None = None) -> Pipeline:
     train = data.train if train is None else train
     return fit_probe(rows[train], data.labels[train])
 
 
-def _test(data: _Data, probe: Pipeline, rows: np.ndarray, seed: int) -> ProbeScores:
+def _test(data: _Data, probe: Pipeline | PromptProbe, rows: Any, seed: int) -> ProbeScores:
     return score_probe(probe, rows[data.test], data.labels[data.test], data.items[data.test], seed=seed)
 
 
@@ -155,7 +174,7 @@ def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:
     """Out-of-fold AUROC on the training rows, all rows of an item in one fold."""
     n_items = len(np.unique(data.items[data.train]))
     decision = cross_val_predict(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER)),
         rows[data.train],
         data.labels[data.train],
         groups=data.items[data.train],
@@ -167,32 +186,29 @@ def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:
 
 def _shuffled(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
     """AUROC on the test rows of probes fitted on shuffled training labels."""
+    scaler = StandardScaler().fit(rows[data.train])  # knows no labels: once for all shuffles
+    train, test = (scaler.transform(rows[chosen]) for chosen in (data.train, data.test))
     scores = []
     for _ in range(N_SHUFFLES):
-        probe = fit_probe(rows[data.train], rng.permutation(data.labels[data.train]))
-        scores.append(auroc(data.labels[data.test], probe.decision_function(rows[data.test])))
+        probe = LogisticRegression(max_iter=MAX_ITER).fit(train, rng.permutation(data.labels[data.train]))
+        scores.append(auroc(data.labels[data.test], probe.decision_function(test)))
     low, high = np.quantile(scores, [0.025, 0.975])
     return {"auroc": float(np.mean(scores)), "low": float(low), "high": float(high), "n_shuffles": N_SHUFFLES}
 
 
-def _learning_curve(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> tuple[dict[str, float], ...]:
-    """Test AUROC of the probe fitted on growing, nested sets of whole items."""
+def _learning_curve(
+    data: _Data, rows: np.ndarray, auroc_of_all: float, rng: np.random.Generator
+) -> tuple[dict[str, float], ...]:
+    """Test AUROC of the probe fitted on growing, nested sets of whole items; that of all items is known."""
     items = rng.permutation(np.unique(data.items[data.train]))
+    sizes = {min(len(items), max(4, round(share * len(items)))) for share in LEARNING_CURVE_SHARES}
     curve = []
-    for n_items in sorted({min(len(items), max(4, round(share * len(items)))) for share in LEARNING_CURVE_SHARES}):
-        chosen = items[:n_items]
-        train = data.train[np.isin(data.items[data.train], chosen)]
+    for n_items in sorted(sizes - {len(items)}):
+        train = data.train[np.isin(data.items[data.train], items[:n_items])]
         decision = _fit(data, rows, train).decision_function(rows[data.test])
         curve.append({"n_pairs": len(train) / 2, "auroc": auroc(data.labels[data.test], decision)})
-    return tuple(curve)
+    return (*curve, {"n_pairs": len(data.train) / 2, "auroc": auroc_of_all})
 
 
 def _stack(site: SiteActivations, layer: int) -> Float[np.ndarray, "row neuron"]:
     return np.concatenate([site.memorized[:, layer], site.generalized[:, layer]])
-
-
-def _prompt_features(tokens: Int[np.ndarray, "row pos"]) -> Float[np.ndarray, "row feature"]:
-    """Counts of each token and one-hots of the token at each position; padding (-1) is a token of its own."""
-    vocabulary, ids = np.unique(tokens, return_inverse=True)
-    onehot = np.eye(len(vocabulary))[ids.reshape(tokens.shape)]  # [row, pos, token]
-    return np.concatenate([onehot.sum(1), onehot.reshape(len(tokens), -1)], axis=1)
