@@ -71,9 +71,7 @@ def _mlp(mlp: Any) -> SimpleNamespace:
             b_out=outward.weight.new_zeros(len(outward.weight)) if outward.bias is None else outward.bias,
         )
     inward, outward = _layer(mlp.fc_in), _layer(mlp.fc_out)
-    return SimpleNamespace(
-        W_in=inward.weight.t(), b_in=inward.bias, W_out=outward.weight.t(), b_out=outward.bias
-    )
+    return SimpleNamespace(W_in=inward.weight.t(), b_in=inward.bias, W_out=outward.weight.t(), b_out=outward.bias)
 
 
 def _norm(norm: Any) -> SimpleNamespace:

@@ -137,11 +137,17 @@ def is_plain(model: Any) -> bool:
         return False
     own_type = _own_type if hooked else _own_type_of_bridge
     for name, module in model.named_modules():
-        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        pre_hooks = [hook for hook in module._forward_pre_hooks.values() if not _of_bridges(hook)]
+        touched = module._forward_hooks or pre_hooks or "forward" in vars(module)
         if touched or type(module) is not own_type(name, model.cfg):
             return False
     own = _own_activations(model) if hooked else _own_bridge(model)
     return own and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def _of_bridges(hook: Any) -> bool:
+    """Whether a hook is one that a Bridge sets itself when it first runs: to look ahead, it changes nothing."""
+    return getattr(hook, "__module__", "").startswith("transformer_lens.model_bridge.")
 
 
 def _own_activations(model: Any) -> bool:

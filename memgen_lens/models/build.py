@@ -1,4 +1,4 @@
-"""Build models of random weights, HookedTransformers or where there are none native Bridges, and refuse devices that are not there.
+"""Build models of random weights: HookedTransformers, or native Bridges where there are none; refuse missing devices.
 
 Does not know how they are trained. TransformerLens' deprecation warnings and log lines stop here: a user of
 memgen_lens can do nothing about them.

@@ -66,8 +66,8 @@ def native_bridge(config: Mapping[str, Any], tokenizer: Any, *, device: str) -> 
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.model_bridge import TransformerBridge
 
-    own = {"init_weights": False, "device": device, "default_padding_side": "right", "architecture": None}
-    cfg = TransformerBridgeConfig.from_dict(dict(config) | own)
+    own = {"init_weights": False, "device": device, "architecture": None}
+    cfg = TransformerBridgeConfig.from_dict({"default_padding_side": "right"} | dict(config) | own)
     _require_native(vars(cfg) | dict(config))
     model: Any = TransformerBridge.boot_native(cfg, tokenizer=deepcopy(tokenizer), device=device)
     model.cfg.init_weights = True
@@ -88,9 +88,7 @@ def draw_weights(model: Any, *, seed: int) -> None:
     state = state_of(model)
     for name, value in state.items():
         if ".W_" in name:
-            state[name] = torch.empty(value.shape).normal_(
-                std=model.cfg.initializer_range, generator=generator
-            )
+            state[name] = torch.empty(value.shape).normal_(std=model.cfg.initializer_range, generator=generator)
     set_state(model, state)
 
 
