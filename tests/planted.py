@@ -5,11 +5,11 @@ position; one neuron of the last MLP fires on it and turns the answer from ``r``
 memorized one). All other neurons see the fillers only, which are drawn without a look at the marker.
 """
 
-import warnings
+from typing import Any
 
+import helpers
 import numpy as np
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.tasks.tokenizer import build_tokenizer
@@ -28,54 +28,53 @@ MIXED = FILLER + len(FILLERS)
 D_MODEL = MIXED + len(FILLERS)
 
 
-def build_model(*, default_prepend_bos: bool = False, default_padding_side: str = "right") -> HookedTransformer:
+def build_model(*, default_prepend_bos: bool = False, default_padding_side: str = "right") -> Any:
     """The planted model; on prompts with ``M`` it says ``m``, on prompts with ``G`` it says ``r``, then it ends."""
     tokenizer = build_tokenizer(VOCABULARY)
-    config = HookedTransformerConfig(
-        n_layers=N_LAYERS,
-        d_model=D_MODEL,
-        n_ctx=24,
-        d_head=8,
-        n_heads=2,
-        d_mlp=D_MLP,
-        act_fn="relu",
-        d_vocab=len(tokenizer),
-        normalization_type=None,
-        default_prepend_bos=default_prepend_bos,
-        device="cpu",
-        seed=0,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TransformerLens' own, about its future
-        model = HookedTransformer(config, tokenizer=tokenizer, default_padding_side=default_padding_side)
+    settings = {
+        "n_layers": N_LAYERS,
+        "d_model": D_MODEL,
+        "n_ctx": 24,
+        "d_head": 8,
+        "n_heads": 2,
+        "d_mlp": D_MLP,
+        "act_fn": "relu",
+        "d_vocab": len(tokenizer),
+        "normalization_type": None,
+        "default_prepend_bos": default_prepend_bos,
+        "device": "cpu",
+        "seed": 0,
+    }
+    model = helpers.model_of(settings | {"default_padding_side": default_padding_side}, tokenizer)
     _plant(model)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _plant(model: HookedTransformer) -> None:
+def _plant(model: Any) -> None:
     token = {text: model.tokenizer.convert_tokens_to_ids(text) for text in (*VOCABULARY, "<eos>")}
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.zero_()
-    embed, unembed = model.embed.W_E, model.unembed.W_U
+    weights = helpers.weights(model)
+    embed, unembed = weights.embed.W_E, weights.unembed.W_U
     embed[token["="], IS_END] = 1
     embed[[token["M"], token["G"]], IS_MARKER] = 1
     embed[token["M"], IS_M] = 1
     embed[[token["r"], token["m"]], IS_ANSWER] = 1
     embed[[token[f] for f in FILLERS], FILLER:MIXED] = torch.randn(len(FILLERS), len(FILLERS), generator=draw)
     # Layer 0, head 0: the last position looks at the marker and takes over whether it is M.
-    attention, mixed = model.blocks[0].attn, torch.arange(len(FILLERS))
+    attention, mixed = weights.blocks[0].attn, torch.arange(len(FILLERS))
     attention.W_Q[0, IS_END, 0] = attention.W_K[0, IS_MARKER, 0] = 11
     attention.W_V[0, IS_M, 1] = attention.W_O[0, 1, MOVED] = 1
     # Layer 0, head 1: the mean of everything so far, fillers only.
     attention.W_V[1, FILLER + mixed, mixed] = attention.W_O[1, mixed, MIXED + mixed] = 1
     # Every neuron but one reads and writes the mixed fillers.
-    for block in model.blocks:
+    for block in weights.blocks:
         block.mlp.W_in[MIXED:] = 0.5 * torch.randn(len(FILLERS), D_MLP, generator=draw)
         block.mlp.b_in[:] = 0.5 * torch.rand(D_MLP, generator=draw)
         block.mlp.W_out[:, MIXED:] = 0.02 * torch.randn(D_MLP, len(FILLERS), generator=draw)
-    decider = model.blocks[LAYER].mlp
+    decider = weights.blocks[LAYER].mlp
     decider.W_in[:, NEURON] = decider.b_in[NEURON] = decider.W_out[NEURON] = 0
     decider.W_in[MOVED, NEURON] = decider.W_out[NEURON, DECISION] = 1
     # Logits: the rule's answer unless the neuron fires; the end after an answer; a little of all else.
@@ -107,7 +106,7 @@ def prompt_pairs(n: int = 60, *, answers: bool = True, seed: int = 0, lengths: t
     )
 
 
-def hooks_on(model: HookedTransformer) -> dict[str, int]:
+def hooks_on(model: Any) -> dict[str, int]:
     """How many hooks there are on each hook point of a model that has any, TransformerLens' and torch's own."""
     counts = {
         name: max(len(point.fwd_hooks), len(point._forward_hooks)) + len(point.bwd_hooks)
@@ -117,7 +116,7 @@ def hooks_on(model: HookedTransformer) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def greedy_by_hand(model: HookedTransformer, prompt: str, max_new_tokens: int) -> str:
+def greedy_by_hand(model: Any, prompt: str, max_new_tokens: int) -> str:
     """A greedy completion, one prompt alone and without a cache: what every batched or cached one must equal."""
     tokens = model.to_tokens(prompt)
     made: list[int] = []

@@ -5,12 +5,12 @@ and G (compute) and answers ``m`` or ``r``; task ``b`` has N and H and answers `
 the last layer one neuron fires on M and one on N; where they are ``shared``, it is the same one.
 """
 
-import warnings
 from dataclasses import replace
+from typing import Any
 
+import helpers
 import numpy as np
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.tasks.tokenizer import build_tokenizer
@@ -28,36 +28,35 @@ MOVED_M, MOVED_N, MOVED_B, DECISION_A, DECISION_B, FILLER = range(6, 12)
 MIXED = FILLER + len(FILLERS)
 
 
-def build_model(*, shared: bool) -> HookedTransformer:
+def build_model(*, shared: bool) -> Any:
     tokenizer = build_tokenizer(VOCABULARY)
-    config = HookedTransformerConfig(
-        n_layers=N_LAYERS,
-        d_model=MIXED + len(FILLERS),
-        n_ctx=16,
-        d_head=8,
-        n_heads=2,
-        d_mlp=D_MLP,
-        act_fn="relu",
-        d_vocab=len(tokenizer),
-        normalization_type=None,
-        default_prepend_bos=False,
-        device="cpu",
-        seed=0,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TransformerLens' own, about its future
-        model = HookedTransformer(config, tokenizer=tokenizer, default_padding_side="right")
+    settings = {
+        "n_layers": N_LAYERS,
+        "d_model": MIXED + len(FILLERS),
+        "n_ctx": 16,
+        "d_head": 8,
+        "n_heads": 2,
+        "d_mlp": D_MLP,
+        "act_fn": "relu",
+        "d_vocab": len(tokenizer),
+        "normalization_type": None,
+        "default_prepend_bos": False,
+        "device": "cpu",
+        "seed": 0,
+    }
+    model = helpers.model_of(settings | {"default_padding_side": "right"}, tokenizer)
     _plant(model, shared=shared)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _plant(model: HookedTransformer, *, shared: bool) -> None:
+def _plant(model: Any, *, shared: bool) -> None:
     token = {text: model.tokenizer.convert_tokens_to_ids(text) for text in (*VOCABULARY, "<eos>")}
     draw, n = torch.Generator().manual_seed(0), len(FILLERS)
     for parameter in model.parameters():
         parameter.zero_()
-    embed, unembed = model.embed.W_E, model.unembed.W_U
+    weights = helpers.weights(model)
+    embed, unembed = weights.embed.W_E, weights.unembed.W_U
     embed[token["="], IS_END] = 1
     embed[[token[m] for m in "MGNH"], IS_MARKER] = 1
     embed[token["M"], IS_M] = embed[token["N"], IS_N] = 1
@@ -65,15 +64,15 @@ def _plant(model: HookedTransformer, *, shared: bool) -> None:
     embed[[token[a] for a in "mrns"], IS_ANSWER] = 1
     embed[[token[f] for f in FILLERS], FILLER:MIXED] = torch.randn(n, n, generator=draw)
     # Layer 0, head 0: the last position looks at the marker; head 1: the mean of everything so far, fillers only.
-    attention, mixed = model.blocks[0].attn, torch.arange(n)
+    attention, mixed = weights.blocks[0].attn, torch.arange(n)
     attention.W_Q[0, IS_END, 0] = attention.W_K[0, IS_MARKER, 0] = 11
     for i, (source, target) in enumerate(((IS_M, MOVED_M), (IS_N, MOVED_N), (IS_B, MOVED_B))):
         attention.W_V[0, source, i] = attention.W_O[0, i, target] = 1
     attention.W_V[1, FILLER + mixed, mixed] = attention.W_O[1, mixed, MIXED + mixed] = 1
-    for block in model.blocks:
+    for block in weights.blocks:
         block.mlp.W_in[MIXED:] = 0.5 * torch.randn(n, D_MLP, generator=draw)
         block.mlp.b_in[:] = 0.5 * torch.rand(D_MLP, generator=draw)
-    mlp = model.blocks[LAYER].mlp
+    mlp = weights.blocks[LAYER].mlp
     a, b = (NEURON["a"], NEURON["a"] if shared else NEURON["b"])
     for neuron in (a, b):
         mlp.W_in[:, neuron] = mlp.b_in[neuron] = 0

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memgen_lens.fast.mlp import ACTIVATIONS, activated, mlp
+from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.products import linear
 
 Taps = Mapping[str, Callable[[Tensor, int], Tensor]]
@@ -55,10 +56,11 @@ class Blocks:
 
     def __init__(self, model: Any, *, few_shapes: bool = False) -> None:
         self.smallest = SMALLEST_PIECE if few_shapes else PIECE
-        self.model, self.cfg = model, model.cfg
-        self.scales = [1 / float(block.attn.attn_scale) if model.cfg.use_attn_scale else 1.0 for block in model.blocks]
+        self.model, self.cfg = parameters_of(model), model.cfg
+        blocks = self.model.blocks
+        self.scales = [1 / float(block.attn.attn_scale) if model.cfg.use_attn_scale else 1.0 for block in blocks]
         self._buffers: dict[str, Tensor] = {}
-        self._qkv = [qkv_weights(block.attn, model.cfg) for block in model.blocks]
+        self._qkv = [qkv_weights(block.attn, model.cfg) for block in blocks]
 
     def embed(
         self, tokens: Int[Tensor, " row"], positions: Int[Tensor, " row"], taps: Taps

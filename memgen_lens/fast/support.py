@@ -3,6 +3,9 @@
 Does not run anything.
 """
 
+import re
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,6 +76,15 @@ def is_hooked_transformer(model: Any) -> bool:
     return HAS_HOOKED_TRANSFORMER and isinstance(model, HookedTransformer)
 
 
+def is_native_bridge(model: Any) -> bool:
+    """Whether a model is a Bridge around TransformerLens' own small model (``boot_native``), whose weights we know."""
+    if getattr(getattr(model, "cfg", None), "architecture", None) != "TransformerLensNative":
+        return False
+    from transformer_lens.model_bridge import TransformerBridge  # late: on 4.x this takes a second
+
+    return type(model) is TransformerBridge
+
+
 def why_not(cfg: Any) -> str | None:
     """Why a model of this configuration needs TransformerLens' own forward; None if it does not."""
     unusual = [name for name in UNUSUAL if getattr(cfg, name, False)]
@@ -120,21 +132,39 @@ def is_plain(model: Any) -> bool:
 
     A hook of the user's must fire, and a module that was put in place of another must run: both need the model itself.
     """
-    if not is_hooked_transformer(model) or type(model) is not HookedTransformer:
+    hooked = HAS_HOOKED_TRANSFORMER and type(model) is HookedTransformer
+    if not (hooked or is_native_bridge(model)) or why_not(model.cfg) is not None or _on_all_modules():
         return False
-    if why_not(model.cfg) is not None or _on_all_modules():
-        return False
+    own_type = _own_type if hooked else _own_type_of_bridge
     for name, module in model.named_modules():
-        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if touched or type(module) is not _own_type(name.rpartition(".")[2], model.cfg):
+        pre_hooks = [hook for hook in module._forward_pre_hooks.values() if not _of_bridges(hook)]
+        touched = module._forward_hooks or pre_hooks or "forward" in vars(module)
+        if touched or type(module) is not own_type(name, model.cfg):
             return False
-    act_fn = SUPPORTED_ACTIVATIONS[model.cfg.act_fn]
-    own = all(block.mlp.act_fn is act_fn for block in model.blocks)
+    own = _own_activations(model) if hooked else _own_bridge(model)
     return own and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def _of_bridges(hook: Any) -> bool:
+    """Whether a hook is one that a Bridge sets itself when it first runs: to look ahead, it changes nothing."""
+    return getattr(hook, "__module__", "").startswith("transformer_lens.model_bridge.")
+
+
+def _own_activations(model: Any) -> bool:
+    act_fn = SUPPORTED_ACTIVATIONS[model.cfg.act_fn]
+    return all(block.mlp.act_fn is act_fn for block in model.blocks)
+
+
+def _own_bridge(model: Any) -> bool:
+    """Whether a native Bridge computes with its own weights and activation function, at the usual scale."""
+    act_fn = _new_bridge(*_kind(model.cfg)).act_fn
+    own = all(block.mlp.original_component.act is act_fn for block in model.blocks)
+    return own and model.cfg.use_attn_scale and not model.compatibility_mode
 
 
 def _own_type(name: str, cfg: Any) -> type | None:
     """What TransformerLens puts at a name."""
+    name = name.rpartition(".")[2]
     if not name:
         return HookedTransformer
     if name.startswith("hook_"):
@@ -144,6 +174,41 @@ def _own_type(name: str, cfg: Any) -> type | None:
     if name.startswith("ln"):
         return NORMS[cfg.normalization_type]
     return (GatedMLP if cfg.gated_mlp else MLP) if name == "mlp" else OWN_MODULES.get(name)
+
+
+def _own_type_of_bridge(name: str, cfg: Any) -> type | None:
+    """What TransformerLens puts at a name in a native Bridge: what stands there in a new one."""
+    return _new_bridge(*_kind(cfg)).types.get(re.sub(r"\.\d+\b", ".0", name))
+
+
+def _kind(cfg: Any) -> tuple[Any, ...]:
+    """What the modules of a native Bridge depend on."""
+    return cfg.normalization_type, cfg.positional_embedding_type, cfg.act_fn, cfg.gated_mlp
+
+
+@cache
+def _new_bridge(normalization_type: str | None, positional_embedding_type: str, act_fn: str, gated_mlp: bool) -> Any:
+    """Of a new native Bridge, the types of its modules by name, and its activation function."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    cfg = TransformerBridgeConfig(
+        d_model=2,
+        d_head=2,
+        n_heads=1,
+        n_layers=1,
+        n_ctx=1,
+        d_mlp=1,
+        d_vocab=1,
+        act_fn=act_fn,
+        normalization_type=normalization_type,
+        positional_embedding_type=positional_embedding_type,
+        gated_mlp=gated_mlp,
+        seed=0,
+    )
+    bridge: Any = TransformerBridge.boot_native(cfg)
+    types = {name: type(module) for name, module in bridge.named_modules()}
+    return SimpleNamespace(types=types, act_fn=bridge.blocks[0].mlp.original_component.act)
 
 
 def _on_all_modules() -> bool:

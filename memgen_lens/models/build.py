@@ -1,11 +1,11 @@
-"""Build HookedTransformers of random weights, and refuse devices that are not there.
+"""Build models of random weights: HookedTransformers, or native Bridges where there are none; refuse missing devices.
 
 Does not know how they are trained. TransformerLens' deprecation warnings and log lines stop here: a user of
 memgen_lens can do nothing about them.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -18,6 +18,7 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.core.types import LensModel
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
+from memgen_lens.models.native import draw_weights, native_bridge
 
 with quiet_imports():
     if HAS_HOOKED_TRANSFORMER:
@@ -25,13 +26,13 @@ with quiet_imports():
 
 
 def build_model(config: ModelConfig, tokenizer: Any, *, n_ctx: int, seed: int, device: str = "cpu") -> Any:
-    """A HookedTransformer of random weights over a tokenizer's vocabulary.
+    """A model of random weights over a tokenizer's vocabulary: TransformerLens 3's HookedTransformer or 4's Bridge.
 
     Args:
         config: Its shape.
         tokenizer: A Hugging Face tokenizer; the model keeps it.
         n_ctx: Longest sequence in tokens.
-        seed: Seed of the weights.
+        seed: Seed of the weights; both versions draw the same ones.
         device: Torch device.
 
     Returns:
@@ -41,25 +42,40 @@ def build_model(config: ModelConfig, tokenizer: Any, *, n_ctx: int, seed: int, d
         ModelError: The device is not there.
     """
     require_device(device, call="build_model")
+    settings = {
+        "n_layers": config.n_layers,
+        "d_model": config.d_model,
+        "n_ctx": n_ctx,
+        "d_head": config.d_model // config.n_heads,
+        "n_heads": config.n_heads,
+        "d_mlp": config.d_mlp,
+        "act_fn": config.act_fn,
+        "d_vocab": len(tokenizer),
+        "normalization_type": config.normalization_type,
+        "positional_embedding_type": config.positional_embedding_type,
+        "rotary_dim": config.d_model // config.n_heads if config.positional_embedding_type == "rotary" else None,
+        "gated_mlp": config.gated_mlp,
+        "default_prepend_bos": False,
+        "seed": seed,
+        "device": device,
+    }
     with own_random_state():
-        cfg = HookedTransformerConfig(
-            n_layers=config.n_layers,
-            d_model=config.d_model,
-            n_ctx=n_ctx,
-            d_head=config.d_model // config.n_heads,
-            n_heads=config.n_heads,
-            d_mlp=config.d_mlp,
-            act_fn=config.act_fn,
-            d_vocab=len(tokenizer),
-            normalization_type=config.normalization_type,
-            positional_embedding_type=config.positional_embedding_type,
-            rotary_dim=config.d_model // config.n_heads if config.positional_embedding_type == "rotary" else None,
-            gated_mlp=config.gated_mlp,
-            default_prepend_bos=False,
-            seed=seed,
-            device=device,
-        )
-        return hooked_transformer(cfg, tokenizer)
+        if HAS_HOOKED_TRANSFORMER:
+            return hooked_transformer(HookedTransformerConfig(**settings), tokenizer)
+        model = native_bridge(settings, tokenizer, device=device)
+        draw_weights(model, seed=seed)
+        return model
+
+
+def model_like(config: Mapping[str, Any], tokenizer: Any, *, device: str) -> Any:
+    """A model of the settings that `save_model` wrote, for weights to be loaded into."""
+    with own_random_state():
+        if HAS_HOOKED_TRANSFORMER:
+            cfg = HookedTransformerConfig.from_dict(dict(config) | {"device": device, "init_weights": False})
+            model = hooked_transformer(cfg, tokenizer)
+            model.cfg.init_weights = config.get("init_weights", True)
+            return model
+        return native_bridge(config, tokenizer, device=device)
 
 
 def require_device(device: str, *, call: str) -> None:

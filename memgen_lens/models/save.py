@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memgen_lens.core.files import write_json
+from memgen_lens.models.native import config_of, state_of
 from memgen_lens.models.tensors import save_tensors
 
 
@@ -21,9 +22,9 @@ def save_model(model: Any, directory: str | Path) -> Path:
         RunDirectoryError: The directory cannot be written.
     """
     directory = Path(directory)
-    cfg = {name: value for name, value in model.cfg.to_dict().items() if _is_plain(value)}
+    cfg = {name: value for name, value in config_of(model).items() if _is_plain(value)}
     write_json(directory / "config.json", cfg)
-    save_tensors(model.state_dict(), directory / "model.safetensors")
+    save_tensors(state_of(model), directory / "model.safetensors")
     if model.tokenizer is not None:
         tokenizer = deepcopy(model.tokenizer)
         if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:

@@ -14,6 +14,7 @@ import torch
 
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import cannot_write, read_json, write_json
+from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import load_tensors, save_tensors
 
 
@@ -41,7 +42,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_tensors(model.state_dict(), temporary / "weights.safetensors")
+        save_tensors(state_of(model), temporary / "weights.safetensors")
         tensors = {
             f"{index}.{name}": value
             for index, slots in optimizer.state_dict()["state"].items()
@@ -75,7 +76,7 @@ def load_newest(
         except RunDirectoryError as error:
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
             continue
-        model.load_state_dict(weights)
+        set_state(model, weights)
         _set_random_state(tensors)
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():

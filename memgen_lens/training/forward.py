@@ -1,4 +1,4 @@
-"""A faster forward pass over the same HookedTransformer parameters, for training only.
+"""A faster forward pass over the same parameters, for training only.
 
 What it saves over the model's own forward: hook points are skipped, queries, keys and values come from one matrix
 product, norms are fused, and the last block computes queries, MLP and logits only where there are labels. Nothing is
@@ -16,6 +16,7 @@ from torch import Tensor
 from memgen_lens.fast.attention import ShortAttention, fused_attention
 from memgen_lens.fast.blocks import norm, qkv_weights, rotated
 from memgen_lens.fast.mlp import mlp
+from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.products import linear
 
 
@@ -47,7 +48,7 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
 
     Equal to ``model(rows.tokens)[:, rows.start :].flatten(0, 1)`` of each group, concatenated, to rounding.
     """
-    cfg = model.cfg
+    model, cfg = parameters_of(model), model.cfg
     shapes = [tuple(rows.tokens.shape) for rows in groups]
     # Groups differ in length, so everything but attention runs on one flat list of tokens: [token, d_model].
     x = F.embedding(torch.cat([rows.tokens.flatten() for rows in groups]), model.embed.W_E)
