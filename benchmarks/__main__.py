@@ -1,4 +1,4 @@
-"""``python -m benchmarks [training attribution steering probes startup]``: measure, print the table, write JSON."""
+"""``python -m benchmarks [PART ...]``: measure, print the table, write JSON; ``--help`` lists the parts."""
 
 import argparse
 import os
@@ -9,29 +9,40 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, probes, startup, steering, training
+from benchmarks import attribution, pretrained, probes, startup, steering, training, waiting
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
-ROWS = {"training": training.rows, "attribution": attribution.rows, "steering": steering.rows, "probes": probes.rows}
+ROWS = {
+    "training": training.rows,
+    "attribution": attribution.rows,
+    "steering": steering.rows,
+    "probes": probes.rows,
+    "pretrained": pretrained.rows,
+}
+OTHERS = ("waiting", "startup")
 
 
 def main() -> None:
     """Measure the chosen parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*ROWS, "startup", []], help="default: all")
+    parser.add_argument("parts", nargs="*", choices=[*ROWS, *OTHERS, []], help="default: all")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     chosen = parser.parse_args()
-    parts = chosen.parts or [*ROWS, "startup"]
+    parts = chosen.parts or [*ROWS, *OTHERS]
     rates = matmul_rates(chosen.threads)
     print("matrix products:", ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in rates.items()))
-    results, waits = [], []
+    results, waits, neighbours = [], [], []
     for part in parts:
         if part == "startup":
             waits = startup.measure()
             for wait in waits:
                 print(f"{wait['command']}: {wait['median']:.2f} s [{wait['min']:.2f}, {wait['max']:.2f}]")
+            continue
+        if part == "waiting":
+            neighbours = waiting.measure(threads=chosen.threads)
+            print(waiting.table(neighbours), flush=True)
             continue
         for row in ROWS[part]():
             results.append(compare(row, threads=chosen.threads, rates=rates))
@@ -47,6 +58,7 @@ def main() -> None:
             "matmul_flops_per_second": rates,
             "rows": results,
             "startup": waits,
+            "waiting": neighbours,
         },
     )
     print(f"written to {chosen.out}")

@@ -34,6 +34,7 @@ class Row:
         tolerance: Largest difference between the answers (0 = equal); None = answers are not compared.
         flops: Floating-point operations of the work's matrix products, for the floor.
         precision: Precision of these, ``"float32"`` or ``"bfloat16"``.
+        threads: Threads of every contender; None = as asked for on the command line.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     tolerance: float | None = None
     flops: float | None = None
     precision: str = "float32"
+    threads: int | None = None
 
 
 def compare(row: Row, *, threads: int, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -52,7 +54,9 @@ def compare(row: Row, *, threads: int, rates: Mapping[str, float]) -> dict[str, 
     try:
         for name, make in row.contenders.items():
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make, dict(row.arguments), threads), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, make, dict(row.arguments), row.threads or threads), daemon=True
+            )
             process.start()
             workers[name] = (process, ours)
             _reply(ours, name)

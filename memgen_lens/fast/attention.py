@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def gathered_attention(
     parts = torch.arange(3 * n_heads, device=path.device).view(3, 1, n_heads, 1)
     place = parts + 3 * n_heads * path[:, None]  # [3, batch, head, pos], in units of d_head numbers
     by_head = qkv.view(-1, d_head).index_select(0, place.flatten()).view(3, batch * n_heads, pos, d_head)
-    return _by_hand(by_head, start, scale)[0].view(batch, n_heads, pos - start, d_head).transpose(1, 2)
+    return rearrange(_by_hand(by_head, start, scale)[0], "(batch head) pos d -> batch pos head d", head=n_heads)
 
 
 def fused_attention(
@@ -76,9 +77,8 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of queries, keys and values."""
         qkv, probs, kept = ctx.saved_tensors
-        batch, pos, _, n_heads, d_head = ctx.shape
-        start = ctx.start
-        dz = gradients[0].transpose(1, 2).reshape(batch * n_heads, pos - start, d_head).to(qkv.dtype)
+        start, n_heads = ctx.start, ctx.shape[3]
+        dz = rearrange(gradients[0], "batch pos head d -> (batch head) pos d").to(qkv.dtype)
         q, k, v = qkv[0, :, start:], qkv[1], qkv[2]
         d_qkv = torch.empty_like(qkv)
         torch.bmm(kept, dz, out=d_qkv[2])
@@ -93,7 +93,7 @@ class ShortAttention(torch.autograd.Function):
             d_qkv[0, :, start:] = torch.bmm(d_scores.transpose(1, 2), k)
         else:
             torch.bmm(d_scores.transpose(1, 2), k, out=d_qkv[0])
-        heads = d_qkv.view(3, batch, n_heads, pos, d_head).permute(1, 3, 0, 2, 4)
+        heads = rearrange(d_qkv, "part (batch head) pos d -> batch pos part head d", head=n_heads)
         return heads.contiguous(), None, None
 
 
@@ -101,10 +101,9 @@ def _forward(
     heads: Float[Tensor, "batch pos 3 head d_head"], start: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention, and what its gradient needs: queries, keys and values; probabilities; these in the inputs' type."""
-    batch, pos, _, n_heads, d_head = heads.shape
-    qkv = heads.permute(2, 0, 3, 1, 4).reshape(3, batch * n_heads, pos, d_head)
+    qkv = rearrange(heads, "batch pos part head d -> part (batch head) pos d")
     z, probs, kept = _by_hand(qkv, start, scale)
-    return z.view(batch, n_heads, pos - start, d_head).transpose(1, 2), qkv, probs, kept
+    return rearrange(z, "(batch head) pos d -> batch pos head d", head=heads.shape[3]), qkv, probs, kept
 
 
 def _by_hand(

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -217,20 +218,24 @@ def _attention(
     scale: float,
 ) -> Float[Tensor, "sequence width"]:
     """Attention to the keys of the prompt, which its sequences share, and to each sequence's own."""
-    _, n_prompts, n_before, n_heads, d_head = shared.shape
+    _, n_prompts, n_before, n_heads, _ = shared.shape
     own_scores = (q * own[0]).sum(3)  # [step, sequence, head]
     if not n_before:
         return _weighted((own_scores * scale).softmax(0), own[1])
     place, slots = _places(prompt, n_prompts)
     keys, values = shared.transpose(2, 3)  # 2 x [prompt, head, before, d_head]
-    siblings = _placed(q.flatten(1), place, n_prompts * slots).view(n_prompts, slots, n_heads, d_head)
-    scores = siblings.transpose(1, 2) @ keys.transpose(2, 3)  # [prompt, head, slot, before]
-    before_scores = scores.permute(3, 0, 2, 1).reshape(n_before, -1, n_heads).index_select(1, place)
+    by_slot = {"slot": slots, "head": n_heads}
+    siblings = _placed(q.flatten(1), place, n_prompts * slots)
+    siblings = rearrange(siblings, "(prompt slot) (head d) -> prompt head slot d", **by_slot)
+    scores = siblings @ keys.transpose(2, 3)  # [prompt, head, slot, before]
+    scores = rearrange(scores, "prompt head slot before -> before (prompt slot) head")
+    before_scores = scores.index_select(1, place)
     # The keys come first: all sequences share each vector of the softmax.
     pattern = (torch.cat([before_scores, own_scores]) * scale).softmax(0)
-    before = pattern[:n_before].permute(1, 2, 0).flatten(1)  # [sequence, head * before]
-    weights = _placed(before, place, n_prompts * slots).view(n_prompts, slots, n_heads, n_before).transpose(1, 2)
-    z = (weights @ values).transpose(1, 2).reshape(-1, n_heads * d_head).index_select(0, place)
+    before = rearrange(pattern[:n_before], "before sequence head -> sequence (head before)")
+    weights = _placed(before, place, n_prompts * slots)
+    weights = rearrange(weights, "(prompt slot) (head before) -> prompt head slot before", **by_slot)
+    z = rearrange(weights @ values, "prompt head slot d -> (prompt slot) (head d)").index_select(0, place)
     return z + _weighted(pattern[n_before:], own[1])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
@@ -211,4 +212,4 @@ def _learning_curve(
 
 
 def _stack(site: SiteActivations, layer: int) -> Float[np.ndarray, "row neuron"]:
-    return np.concatenate([site.memorized[:, layer], site.generalized[:, layer]])
+    return rearrange([site.memorized[:, layer], site.generalized[:, layer]], "side pair neuron -> (side pair) neuron")
