@@ -28,7 +28,7 @@ from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.behavior import observe
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import read_json, with_nulls, write_json, write_jsonl
-from memgen_lens.core.items import Outcome
+from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.metrics import (
     SCHEMA,
     attribution_metrics,
@@ -171,6 +171,7 @@ def run_experiment(
         "behavior": behavior_metrics(outcomes, pairs),
         "pairs": {
             "n": len(pairs),
+            "n_items": len(set(same_items(pairs.memorized))),
             **{split: int((pairs.split == split).sum()) for split in ("select", "tune", "test")},
         },
         "attribution": {site: attribution_metrics(score) for site, score in scores.items()} or {"why": why},

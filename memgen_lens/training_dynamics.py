@@ -28,6 +28,7 @@ from memgen_lens.core.config import AnalysisConfig, ModelConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import read_json
+from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, SteeringSetting
 from memgen_lens.core.stats import Rate, wilson
@@ -230,7 +231,7 @@ def _behavior(model: Any, task: Any, batch_size: int) -> dict[str, Rate]:
         for outcome in asked["memorized"]
     ]
     rates = {
-        name: wilson([outcome.behavior is behavior for outcome in asked[split]])
+        name: wilson([o.behavior is behavior for o in asked[split]], same_items(o.item for o in asked[split]))
         for name, (split, behavior) in shown.items()
     }
     return rates | {"flips": wilson(flips)}
@@ -307,4 +308,5 @@ def _series(rates: Sequence[Rate | None]) -> RateSeries:
         low=np.array([rate.ci95[0] if rate else np.nan for rate in rates]),
         high=np.array([rate.ci95[1] if rate else np.nan for rate in rates]),
         n=np.array([rate.n if rate else 0 for rate in rates], dtype=np.int64),
+        n_items=np.array([rate.n_items if rate else 0 for rate in rates], dtype=np.int64),
     )

@@ -119,12 +119,14 @@ class Matrix:
         low: Lower end of its interval.
         high: Upper end.
         n: Prompts of the target task it comes from.
+        n_items: Items that they belong to: what the interval counts.
     """
 
     value: Float[np.ndarray, "source target"]
     low: Float[np.ndarray, "source target"]
     high: Float[np.ndarray, "source target"]
     n: Int[np.ndarray, "source target"]
+    n_items: Int[np.ndarray, "source target"]
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,21 @@ STEERED = ("to_generalization", "exact_recall", "memorized_form")
 
 @dataclass(frozen=True)
 class RateSeries:
-    """One rate at every step, with its 95 % Wilson interval; NaN where it could not be measured.
+    """One rate at every step, with its 95 % interval over items; NaN where it could not be measured.
 
     Attributes:
         rate: In [0, 1].
         low: Lower end of the interval.
         high: Upper end.
         n: Prompts or items, 0 where it could not be measured.
+        n_items: Items that they belong to: what the interval counts.
     """
 
     rate: Float[np.ndarray, " step"]
     low: Float[np.ndarray, " step"]
     high: Float[np.ndarray, " step"]
     n: Int[np.ndarray, " step"]
+    n_items: Int[np.ndarray, " step"]
 
 
 @dataclass(frozen=True)
@@ -201,4 +203,4 @@ class Dynamics:
 
 def _series(value: dict[str, Any]) -> RateSeries:
     ends = {name: np.array(value[name], dtype=float) for name in ("rate", "low", "high")}
-    return RateSeries(**ends, n=np.array(value["n"], dtype=np.int64))
+    return RateSeries(**ends, **{name: np.array(value[name], dtype=np.int64) for name in ("n", "n_items")})

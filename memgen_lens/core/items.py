@@ -3,6 +3,7 @@
 Plain values only, so that tasks can be made without numpy or torch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,12 @@ class Item:
         if self.memorized_answer is not None and output == self.memorized_answer:
             return Behavior.MEMORIZATION
         return Behavior.OTHER
+
+
+def same_items(items: Iterable[Item]) -> list[int]:
+    """A number for each of some rows, the same for those of one item: what intervals count as independent."""
+    numbers: dict[tuple[str, int], int] = {}
+    return [numbers.setdefault((item.task, item.key), len(numbers)) for item in items]
 
 
 @dataclass(frozen=True)

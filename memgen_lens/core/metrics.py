@@ -6,16 +6,19 @@ Does not compute figures: it names those that the stages have computed.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.files import with_nulls
-from memgen_lens.core.items import Outcome
+from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
-from memgen_lens.core.stats import wilson
+from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.core.types import Behavior
 
-SCHEMA = 1
-"""Version of the layout of ``metrics.json``."""
+SCHEMA = 2
+"""Version of the layout of ``metrics.json``; since 2 every interval counts items and says how many."""
+MATRIX = ("value", "low", "high", "n", "n_items")
 
 
 def behavior_metrics(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[str, Any]:
@@ -24,14 +27,27 @@ def behavior_metrics(outcomes: Sequence[Outcome], pairs: PromptPairs) -> dict[st
     Of a mixture, ``by_task`` has the same figures for each of its tasks.
     """
 
-    def share(split: str, behavior: Behavior) -> float:
-        return wilson([o.behavior is behavior for o in outcomes if o.item.split == split]).rate
+    def share(split: str, behavior: Behavior) -> Rate:
+        shown = [o for o in outcomes if o.item.split == split]
+        return wilson([o.behavior is behavior for o in shown], same_items(o.item for o in shown))
 
+    heldout, recalled = share("heldout", Behavior.GENERALIZATION), share("memorized", Behavior.MEMORIZATION)
+    rephrased = {str(behavior): share("rephrased", behavior) for behavior in Behavior}
+    flips = wilson(np.arange(pairs.n_items) < pairs.n_flipped)
+    asked = {"heldout": heldout, "memorized": recalled, "rephrased": rephrased["generalization"]}
     return {
-        "heldout_generalization": share("heldout", Behavior.GENERALIZATION),
-        "trained_memorization": share("memorized", Behavior.MEMORIZATION),
-        "rephrased": {str(behavior): share("rephrased", behavior) for behavior in Behavior},
-        "flip_rate": pairs.n_flipped / pairs.n_items,
+        "heldout_generalization": heldout.rate,
+        "trained_memorization": recalled.rate,
+        "rephrased": {name: rate.rate for name, rate in rephrased.items()},
+        "flip_rate": flips.rate,
+        "ci95": {
+            "heldout_generalization": heldout.ci95,
+            "trained_memorization": recalled.ci95,
+            "rephrased": {name: rate.ci95 for name, rate in rephrased.items()},
+            "flip_rate": flips.ci95,
+        },
+        "n": {name: rate.n for name, rate in asked.items()},
+        "n_items": {name: rate.n_items for name, rate in asked.items()},
     } | ({"by_task": by_task} if (by_task := _by_task(outcomes, pairs)) else {})
 
 
@@ -48,6 +64,8 @@ def attribution_metrics(score: NeuronScores) -> dict[str, Any]:
         "max_abs_rho_by_layer": abs(score.rho).max(1),
         "n_fdr05": int((score.q <= 0.05).sum()),
         "n_neurons": int(score.q.size),
+        "n": score.n_pairs,
+        "n_items": score.n_items,
     }
 
 
@@ -61,6 +79,8 @@ def probe_metrics(probes: ProbeReport) -> dict[str, Any]:
         "best_auroc_ci95": probes.best.auroc_ci95,
         "input_only_auroc": probes.input_only.auroc,
         "shuffled_auroc": probes.shuffled["auroc"],
+        "n": probes.n_test,
+        "n_items": probes.n_test_items,
     }
 
 
@@ -79,11 +99,13 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
             },
             "to_generalization": {
                 "n": table.to_generalization.n,
+                "n_items": table.to_generalization.n_items,
                 "shift_rate": table.to_generalization.shift["rate"],
                 **_rates(table.to_generalization),
             },
             "to_memorization": {
                 "n": to_memorization.n,
+                "n_items": to_memorization.n_items,
                 "exact_recall_rate": to_memorization.shift["rate"],
                 "memorized_form_rate": to_memorization.memorized_form["rate"],
                 "memorized_form_ci95": to_memorization.memorized_form["ci95"],
@@ -92,6 +114,8 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
             "side_effects": {
                 "heldout_generalization_steered": effects.heldout_generalization_steered,
                 "kl_nats": effects.kl_nats,
+                "n": effects.n,
+                "n_items": effects.n,
                 **({"why": effects.why} if effects.why else {}),
             },
         }
@@ -112,7 +136,7 @@ def consistency_metrics(halves: SplitHalf, tasks: TaskConsistency | None, why: s
         "probe_auroc": tasks.probe,
         **{name: tasks.steering[name] for name in ("to_generalization", "memorized_form", "exact_recall")},
     }
-    across = {name: {"value": m.value, "low": m.low, "high": m.high, "n": m.n} for name, m in figures.items()}
+    across = {name: {part: getattr(m, part) for part in MATRIX} for name, m in figures.items()}
     names = {"site": tasks.site, "tasks": tasks.tasks, "left_out": tasks.left_out}
     return {"split_half": halves.summary(), "across_tasks": with_nulls(names | across)}
 

@@ -3,12 +3,14 @@
 Does not know how they were found: see `memgen_lens.analysis.recording.pairs`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, Shaped
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from memgen_lens.core.errors import PairsError, suggest
 from memgen_lens.core.items import Item
@@ -57,7 +59,7 @@ class PromptPairs:
         *,
         rule_answers: Sequence[str] | None = None,
         memorized_answers: Sequence[str] | None = None,
-        items: Sequence[int] | None = None,
+        items: Sequence[int | str] | None = None,
         prepend_bos: bool | None = None,
         shares: tuple[float, float] = (0.4, 0.2),
         seed: int = 0,
@@ -70,7 +72,9 @@ class PromptPairs:
             rule_answers: What computing gives, one a pair. Without them, steering is judged against what the
                 unsteered model itself says on the paired prompt.
             memorized_answers: What recalling gives, one a pair; likewise optional.
-            items: Which item each pair belongs to; pairs of one item never part. Default: each pair its own.
+            items: Which item each pair belongs to, as whole numbers or names; pairs of one item never part. Default:
+                each pair its own. Pairs that share a prompt on either side are of one item whatever is said here: else
+                what is chosen on one of them would be tested on the other.
             prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default:
                 a HookedTransformer's ``cfg.default_prepend_bos``; on a Bridge, what the Hugging Face model's own
                 tokenizer does.
@@ -78,7 +82,8 @@ class PromptPairs:
             seed: Seed of the split.
 
         Raises:
-            PairsError: The lists are empty, of unequal length, or hold something other than text.
+            PairsError: The lists are empty, of unequal length, or hold something other than text; or the shares leave
+                no pairs to test on.
         """
         lists = {
             "memorized": memorized,
@@ -113,7 +118,8 @@ class PromptPairs:
                 received=", ".join(f"{n} {name}" for name, n in lengths.items()),
                 fix="Pair p is memorized[p] beside generalized[p]: drop or add prompts until they match.",
             )
-        keys = [int(key) for key in items] if items is not None else list(range(len(memorized)))
+        named = range(len(memorized)) if items is None else _item_keys(items, call)
+        keys = same_prompts(named, memorized, generalized)
         rule = rule_answers if rule_answers is not None else [None] * len(memorized)
         recall = memorized_answers if memorized_answers is not None else [None] * len(memorized)
         rows = list(zip(keys, memorized, generalized, rule, recall, strict=True))
@@ -194,9 +200,61 @@ class PromptPairs:
         ]
 
 
+def same_prompts(keys: Iterable[Hashable], *sides: Sequence[str]) -> list[int]:
+    """Merge items that share a prompt, on whichever side, and those that share one with these, and so on.
+
+    Args:
+        keys: The item of each pair.
+        *sides: Prompts, one a pair.
+
+    Returns:
+        A number for each pair's item, in the order in which items first occur.
+    """
+    names: dict[Hashable, int] = {}
+    own = [names.setdefault(("item", key), len(names)) for key in keys]
+    prompts = [names.setdefault(("prompt", prompt), len(names)) for side in sides for prompt in side]
+    edges = (np.ones(len(prompts)), (np.tile(np.array(own, dtype=int), len(sides)), np.array(prompts, dtype=int)))
+    _, component = connected_components(coo_array(edges, shape=(len(names), len(names))), directed=False)
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(int(component[node]), len(numbers)) for node in own]
+
+
+def _item_keys(items: Sequence[Any], call: str) -> list[int | str]:
+    keys = [key.item() if isinstance(key, np.generic) else key for key in items]
+    wrong = [key for key in keys if isinstance(key, bool) or not isinstance(key, int | str)]
+    if wrong:
+        raise PairsError(
+            call,
+            expected="items as whole numbers or names",
+            received=repr(wrong[0])[:80],
+            fix="Name the item of each pair: items=[0, 0, 1, ...].",
+        )
+    return keys
+
+
 def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) -> Shaped[np.ndarray, " pair"]:
-    """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split."""
+    """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split.
+
+    Raises:
+        PairsError: The shares are not two above 0 that leave something to test on.
+    """
+    _require_shares(shares)
     unique, inverse = np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)
     n_select, n_tune = (round(share * len(unique)) for share in shares)
     names = np.array(["select"] * n_select + ["tune"] * n_tune + ["test"] * len(unique))[: len(unique)]
     return np.random.default_rng(seed).permutation(names)[inverse]
+
+
+def _require_shares(shares: Any) -> None:
+    try:
+        select, tune = (float(share) for share in shares)
+        possible = select > 0 and tune > 0 and select + tune < 1 - 1e-9
+    except (TypeError, ValueError):
+        possible = False
+    if not possible:
+        raise PairsError(
+            "shares",
+            expected="the shares of items in select and in tune, both above 0 and together below 1",
+            received=repr(shares)[:80],
+            fix="The rest is the test: shares=(0.4, 0.2) leaves 40 % to it.",
+        )

@@ -117,6 +117,7 @@ class NeuronScores:
         p_family: The same with the maximum over all neurons as reference (family-wise), in (0, 1].
         q: Benjamini-Hochberg adjusted ``p``, in (0, 1].
         n_pairs: Pairs the scores come from.
+        n_items: Items that these pairs belong to: what the test counts.
     """
 
     site: str
@@ -126,12 +127,13 @@ class NeuronScores:
     p_family: Float[np.ndarray, "layer neuron"]
     q: Float[np.ndarray, "layer neuron"]
     n_pairs: int
+    n_items: int
 
     def save(self, directory: str | Path) -> Path:
         """Write ``SITE.safetensors`` into a directory and return its path."""
         path = Path(directory) / f"{self.site}.safetensors"
         arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
-        write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs])})
+        write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])})
         return path
 
     @classmethod
@@ -142,11 +144,11 @@ class NeuronScores:
             RunDirectoryError: The file is missing or damaged.
         """
         arrays = read_arrays(Path(path))
-        wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs"}
-        if set(arrays) != wanted or arrays["n_pairs"].shape != (1,):
+        wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
+        if set(arrays) != wanted or any(arrays[name].shape != (1,) for name in ("n_pairs", "n_items")):
             raise damaged(Path(path), f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
-        n_pairs = int(arrays.pop("n_pairs")[0])
-        return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, **arrays)
+        n_pairs, n_items = (int(arrays.pop(name)[0]) for name in ("n_pairs", "n_items"))
+        return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ class ProbeReport:
         learning_curve: ``{"n_pairs", "auroc"}`` of the best layer's probe fitted on fewer pairs.
         n_train: Pairs the probes were fitted on.
         n_test: Pairs they were tested on.
+        n_train_items: Items that the former belong to.
+        n_test_items: Items that the latter belong to: what the intervals count.
         probes: The fitted scikit-learn pipelines, one a layer (not saved).
     """
 
@@ -194,6 +198,8 @@ class ProbeReport:
     learning_curve: tuple[dict[str, float], ...]
     n_train: int
     n_test: int
+    n_train_items: int
+    n_test_items: int
     probes: tuple[Any, ...] = field(repr=False, compare=False)
 
     @property
@@ -233,6 +239,7 @@ class SteeringRates:
     Attributes:
         toward: The behaviour steered towards; the prompts are those that show the other one unsteered.
         n: Prompts.
+        n_items: Items that they belong to: what the intervals count.
         shift: ``{"rate", "ci95"}``: share that now give the answer of ``toward``: the rule's (towards
             generalization), or the item's own memorized one (towards memorization: exact recall).
         memorized_form: Share whose output has the form of a memorized answer, its own or not.
@@ -246,6 +253,7 @@ class SteeringRates:
 
     toward: Direction
     n: int
+    n_items: int
     shift: dict[str, Any]
     memorized_form: dict[str, Any]
     stayed: dict[str, Any]
@@ -295,6 +303,7 @@ class SweepRow:
         setting: The setting.
         layers: Layers it was restricted to; None = all.
         n: Pairs.
+        n_items: Items that they belong to.
         to_generalization: Share of recalling prompts that now generalize.
         to_generalization_other: Share of them that now do neither.
         to_memorization: Share of computing prompts that now recall exactly.
@@ -305,6 +314,7 @@ class SweepRow:
     setting: SteeringSetting
     layers: tuple[int, ...] | None
     n: int
+    n_items: int
     to_generalization: float
     to_generalization_other: float
     to_memorization: float

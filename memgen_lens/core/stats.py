@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, false_discovery_control, hypergeom
+from scipy.stats import binomtest, false_discovery_control, hypergeom, norm
 from sklearn.metrics import roc_auc_score
 
 _BLOCK_ENTRIES = 2**20
@@ -17,31 +17,65 @@ _BLOCK_ENTRIES = 2**20
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of n cases with its 95 % Wilson interval.
+    """A share of n cases with its 95 % interval, which counts items as what is independent.
 
     Attributes:
         k: Cases that count.
         n: Cases in all, at least 1.
         rate: ``k / n`` in [0, 1].
-        ci95: Wilson score interval (Wilson 1927), both ends in [0, 1].
+        ci95: Wilson score interval, see `wilson`; both ends in [0, 1].
+        n_items: Items that the cases belong to.
     """
 
     k: int
     n: int
     rate: float
     ci95: tuple[float, float]
+    n_items: int
 
     def __str__(self) -> str:
-        return f"{self.rate:.3f} [{self.ci95[0]:.3f}, {self.ci95[1]:.3f}] (n={self.n})"
+        items = "" if self.n_items == self.n else f" of {self.n_items} items"
+        return f"{self.rate:.3f} [{self.ci95[0]:.3f}, {self.ci95[1]:.3f}] (n={self.n}{items})"
 
 
-def wilson(hits: Any) -> Rate:
-    """The rate of true values among ``hits`` (any sequence of truth values, at least one)."""
+def wilson(hits: Any, items: Any = None) -> Rate:
+    """The rate of true values, with a 95 % Wilson score interval over items.
+
+    Where each item has one row this is Wilson's interval (1927; scipy's). Else n is divided by the design effect of
+    rows that share an item (Kish 1965): the variance of the rate over whole items, over that of as many independent
+    rows. It is estimated with one item of hits and one of misses added, each of the mean size and with rows all alike:
+    where all rows agree, or nearly so, the data alone cannot tell how alike the rows of an item are, and what is
+    assumed then is that they are. With items of one size whose rows are alike, the interval is Wilson's over items.
+
+    Args:
+        hits: Truth values, one a row, at least one.
+        items: The item of each row; default: each row is an item of its own.
+    """
     hits = np.asarray(hits, dtype=bool)
     assert hits.size > 0, "a rate needs at least one case"
     k, n = int(hits.sum()), int(hits.size)
-    interval = binomtest(k, n).proportion_ci(method="wilson")
-    return Rate(k, n, k / n, (float(interval.low), float(interval.high)))
+    sizes, hits_of = np.ones(n), hits.astype(float)
+    if items is not None:
+        _, inverse = np.unique(np.asarray(items), return_inverse=True)
+        sizes, hits_of = np.bincount(inverse).astype(float), np.bincount(inverse, weights=hits)
+    n_items = len(sizes)
+    if n_items == n:
+        interval = binomtest(k, n).proportion_ci(method="wilson")
+        return Rate(k, n, k / n, (float(interval.low), float(interval.high)), n)
+    mean_size = n / n_items
+    sizes, hits_of = np.append(sizes, [mean_size] * 2), np.append(hits_of, [mean_size, 0.0])
+    share = hits_of.sum() / sizes.sum()
+    effect = np.square(hits_of - share * sizes).sum() / (sizes.sum() * share * (1 - share))
+    counted = n / max(float(effect), 1.0)
+    return Rate(k, n, k / n, _wilson_ends(k / n, counted), n_items)
+
+
+def _wilson_ends(rate: float, n: float) -> tuple[float, float]:
+    """Wilson's interval for a number of cases that need not be whole."""
+    z = float(norm.ppf(0.975))
+    middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def mean_of_draws(values: Any) -> dict[str, Any]:

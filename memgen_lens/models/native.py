@@ -138,8 +138,8 @@ def set_state(model: Any, state: Mapping[str, Tensor]) -> None:
     for name, value in kept.items():
         if value.shape != own[name].shape:
             raise RuntimeError(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
-        turns = rotary is not None and name.endswith((".W_Q", ".b_Q", ".W_K", ".b_K"))
-        own[name].copy_(_neighbours(value, rotary.rotary_dim) if turns else value)
+        turns = name.endswith((".W_Q", ".b_Q", ".W_K", ".b_K"))
+        own[name].copy_(_neighbours(value, rotary.rotary_dim) if rotary is not None and turns else value)
     if model.cfg.gated_mlp:
         for layer in range(model.cfg.n_layers):
             prefix = f"blocks.{layer}.mlp."

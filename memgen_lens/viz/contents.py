@@ -88,7 +88,8 @@ def read_run(directory: str | Path) -> RunContents:
             f"reading {directory / 'metrics.json'}",
             expected=f"schema {SCHEMA}",
             received=f"schema {metrics.get('schema')}",
-            fix="Read the run with the version of memgen_lens that wrote it (config.json names it).",
+            fix="Read it with the version of memgen_lens that wrote it (config.json names it), or run it again: "
+            "intervals of schema 1 count rows where they should count items.",
         )
     why = {name: _why(metrics.get(name)) for name in ("attribution", "probe", "steering")}
     steering = _optional(directory / "steering.json", why["steering"], read_json, dict) or {}

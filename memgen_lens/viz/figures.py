@@ -117,7 +117,7 @@ def training_curves(history: Sequence[Evaluation], *, loss_axis: Literal["log", 
 
 
 def behavior_bars(outcomes: Sequence[Outcome | Mapping[str, Any]]) -> go.Figure:
-    """Share of each behaviour on each split, as stacked bars; hovering shows the 95 % Wilson interval.
+    """Share of each behaviour on each split, as stacked bars; hovering shows the 95 % interval by item.
 
     Args:
         outcomes: Outcomes as `observe` gives them, or rows of ``outcomes.jsonl``.
@@ -130,11 +130,14 @@ def behavior_bars(outcomes: Sequence[Outcome | Mapping[str, Any]]) -> go.Figure:
     known = ["memorized", "rephrased", "heldout"]
     present = {row["split"] for row in rows}
     splits = [name for name in known if name in present] + sorted(present - set(known))
-    shown = {name: [row["behavior"] for row in rows if row["split"] == name] for name in splits}
+    shown = {name: [row for row in rows if row["split"] == name] for name in splits}
     labels = [f"{name}<br>n = {len(shown[name]):,}" for name in splits]
     figure = go.Figure()
     for behavior in Behavior:
-        rates = [wilson([value == behavior for value in shown[name]]) for name in splits]
+        rates = [
+            wilson([row["behavior"] == behavior for row in shown[name]], [_item(row) for row in shown[name]])
+            for name in splits
+        ]
         figure.add_bar(
             y=labels,
             x=[rate.rate for rate in rates],
@@ -147,14 +150,19 @@ def behavior_bars(outcomes: Sequence[Outcome | Mapping[str, Any]]) -> go.Figure:
             textangle=0,
             insidetextanchor="middle",
             textfont={"color": "white"},
-            customdata=[[rate.k, rate.n, *rate.ci95] for rate in rates],
+            customdata=[[rate.k, rate.n, *rate.ci95, rate.n_items] for rate in rates],
             hovertemplate=f"{behavior}: %{{x:.1%}} [%{{customdata[2]:.1%}}, %{{customdata[3]:.1%}}]"
-            "<br>%{customdata[0]} of %{customdata[1]}<extra></extra>",
+            "<br>%{customdata[0]} of %{customdata[1]} prompts of %{customdata[4]} items<extra></extra>",
         )
     figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed", showline=False, ticks="")
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     return themed(figure, "Behaviour by kind of prompt", height=150 + 56 * len(splits))
+
+
+def _item(row: Mapping[str, Any]) -> str:
+    """What names the item of an outcome's row; a row without a key is an item of its own."""
+    return f"{row.get('task', '')} {row['key']}" if "key" in row else f"row {id(row)}"
 
 
 def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:

@@ -15,7 +15,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from memgen_lens.core.files import write_text
-from memgen_lens.core.items import Outcome
+from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
@@ -159,9 +159,11 @@ def _splits(run: RunContents) -> list[dict[str, Any]]:
     for split, task in kinds:
         shown = [o for o in run.outcomes if o.item.split == split and task in (None, o.item.task)]
         if shown:
-            rates = {str(behavior): wilson([o.behavior is behavior for o in shown]) for behavior in Behavior}
+            independent = same_items(o.item for o in shown)
+            rates = {str(b): wilson([o.behavior is b for o in shown], independent) for b in Behavior}
             name = split if task is None else f"{split}, {task}"
-            rows.append({"split": name, "n": len(shown), "rates": rates, "form": sum(o.memorized_form for o in shown)})
+            form, n_items = sum(o.memorized_form for o in shown), len(set(independent))
+            rows.append({"split": name, "n": len(shown), "n_items": n_items, "rates": rates, "form": form})
     return rows
 
 
@@ -228,7 +230,8 @@ def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
             "form": side.memorized_form,
         }
         others = {"other": side.other.get("rate"), "stayed": side.stayed.get("rate")}
-        rows.append({"toward": side.toward, "name": "steered", "n": f"{side.n} prompts", **steered, **others})
+        n = wording.counted(side.n, side.n_items, " prompts").removeprefix("n = ")
+        rows.append({"toward": side.toward, "name": "steered", "n": n, **steered, **others})
         for name, control in side.controls.items():
             form = control.get("memorized_form") or {}
             n = control.get("n_draws")

@@ -23,7 +23,7 @@ REACHED = {"generalization": "the rule's answer", "memorization": "exact recall"
 def steering_rates(table: SteeringTable) -> go.Figure:
     """What steering does on the test pairs, both ways, each rate with its 95 % interval beside the controls.
 
-    The interval of the steered rate is Wilson's; that of a control spans 95 % of its draws. Filled circles
+    The interval of the steered rate is Wilson's, by item; that of a control spans 95 % of its draws. Filled circles
     are prompts that now give the answer steered towards, open diamonds outputs in the form of a memorized
     answer, the item's own or not. A control that could not be drawn says why. After the steering results of
     arXiv 2412.18497, which have one control (random neurons) and no intervals.
@@ -37,7 +37,7 @@ def steering_rates(table: SteeringTable) -> go.Figure:
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.16,
-        subplot_titles=[f"towards {side.toward} (n = {side.n})" for side in sides],
+        subplot_titles=[f"towards {side.toward} ({_counted(side.n, side.n_items)})" for side in sides],
     )
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     for row, side in enumerate(sides, start=1):
@@ -197,7 +197,7 @@ def steering_sweep(
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", title_text="top fraction")
     figure.update_xaxes(title_text="alpha (multiples of abs(NMD))", row=3, col=1)
-    title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” (n = {grid[0].n})"
+    title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” ({_counted(grid[0].n, grid[0].n_items)})"
     return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
 
 
@@ -247,3 +247,7 @@ def _describe(setting: SteeringSetting) -> str:
     """A setting in a few words."""
     alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
     return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}"
+
+
+def _counted(n: int, n_items: int) -> str:
+    return f"n = {n}" if n == n_items else f"n = {n} of {n_items} items"

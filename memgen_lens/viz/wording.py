@@ -7,6 +7,7 @@ make HTML; what it returns is plain text, which the template escapes.
 from dataclasses import dataclass
 from typing import Any
 
+from memgen_lens.core.items import same_items
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.viz.contents import RunContents
@@ -52,8 +53,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def rate_of(run: RunContents, split: str, behavior: str) -> Rate | None:
     """Share of a split's prompts that show a behaviour; None where none was asked."""
-    shown = [outcome.behavior for outcome in run.outcomes if outcome.item.split == split]
-    return wilson([value == behavior for value in shown]) if shown else None
+    shown = [outcome for outcome in run.outcomes if outcome.item.split == split]
+    return wilson([o.behavior == behavior for o in shown], same_items(o.item for o in shown)) if shown else None
+
+
+def counted(n: int, n_items: int, unit: str = "") -> str:
+    """How many rows a figure comes from, and of how many items where these are fewer."""
+    rows = f"n = {n:,}{unit}"
+    return rows if n_items == n else f"{rows} of {n_items:,} items"
 
 
 def describe(setting: SteeringSetting) -> str:
@@ -176,7 +183,7 @@ def key_figures(run: RunContents) -> list[KeyFigure]:
 def _share(label: str, rate: Rate | None, beside: str) -> KeyFigure:
     if rate is None:
         return KeyFigure(label, UNKNOWN, "", "not asked in this run")
-    return KeyFigure(label, percent(rate.rate), f"{interval(rate.ci95)}, n = {rate.n:,}", beside)
+    return KeyFigure(label, percent(rate.rate), f"{interval(rate.ci95)}, {counted(rate.n, rate.n_items)}", beside)
 
 
 def _flip_rate(run: RunContents) -> KeyFigure:
@@ -195,7 +202,8 @@ def _probe_figure(run: RunContents) -> KeyFigure:
     if run.probes is None:
         return KeyFigure(label, UNKNOWN, "", run.why.get("probe", "not measured"))
     best = run.probes.best
-    detail = f"{interval(best.auroc_ci95, shares=False)}, n = {run.probes.n_test} pairs"
+    n_pairs = counted(run.probes.n_test, run.probes.n_test_items, " pairs")
+    detail = f"{interval(best.auroc_ci95, shares=False)}, {n_pairs}"
     place = f"{run.probes.site}, layer {run.probes.best_layer}"
     return KeyFigure(label, number(best.auroc), detail, f"{place}; input only {number(run.probes.input_only.auroc)}")
 
@@ -207,5 +215,5 @@ def _steered(label: str, what: str, run: RunContents, rates: SteeringRates | Non
     beside = "no control" if strongest is None else f"strongest control {percent(strongest[1]['mean'])}"
     if rates.toward == "memorization":
         beside = f"memorized form {percent(rates.memorized_form.get('rate'))}; {beside}"
-    detail = f"{interval(rates.shift.get('ci95'))}, n = {rates.n}".removeprefix(", ")
+    detail = f"{interval(rates.shift.get('ci95'))}, {counted(rates.n, rates.n_items)}".removeprefix(", ")
     return KeyFigure(f"{label}: {what}", percent(rates.shift.get("rate")), detail, beside)

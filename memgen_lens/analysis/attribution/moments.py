@@ -4,22 +4,28 @@ Memory does not grow with the pairs: a few float64 values a neuron, and one a ne
 models; `attribution` turns moments into scores.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 PAIRS_AT_ONCE = 128
 """Pairs that are merged together: their float64 copies stay in the processor's cache."""
-PAIRS_A_CHUNK = 1024
-"""Pairs whose sign flips are drawn together: the flips of a pair depend on its place and the seed, on no block size."""
+ITEMS_A_CHUNK = 1024
+"""Items whose sign flips are drawn together: an item's flips depend on its place and the seed, on no block size."""
+PAIRS_A_SUM = 1024
+"""Pairs whose differences are summed up by item together."""
 PERMUTATIONS_A_BLOCK = 250
 
 
 class PairMoments:
-    """Running moments of both sides of the pairs, and of their sign-flipped differences.
+    """Running moments of both sides of the pairs, and of their differences under sign flips, item by item.
 
-    Means and squared deviations are merged by Chan, Golub and LeVeque (1983), in float64.
+    Means and squared deviations are merged by Chan, Golub and LeVeque (1983), in float64. The pairs of one item say
+    much the same, so that they are exchanged together: the test sees the sum of each item's differences, of which only
+    that of the item at hand is kept.
 
     Args:
         n_permutations: Sign flips of the paired permutation test; 0 for none.
@@ -28,25 +34,37 @@ class PairMoments:
 
     def __init__(self, *, n_permutations: int, seed: int) -> None:
         self.n_permutations, self.seed = n_permutations, seed
-        self.n = 0
+        self.n = self.n_items = 0
         self._chunk, self._signs = -1, np.empty((0, 0))
+        self._item: Any = None
+        self._item_sum = np.empty(0)
 
-    def add(self, mem: Float[np.ndarray, "pair *neuron"], gen: Float[np.ndarray, "pair *neuron"]) -> None:
+    def add(
+        self,
+        mem: Float[np.ndarray, "pair *neuron"],
+        gen: Float[np.ndarray, "pair *neuron"],
+        items: Shaped[np.ndarray, " pair"] | None = None,
+    ) -> None:
         """Merge the next pairs, in their order.
 
         Args:
             mem: Activations on the recalling side; all axes but the first are flattened into neurons.
             gen: On the computing side.
+            items: The item of each pair; all pairs of one item come one after another, over blocks too. Default: each
+                pair is an item of its own. Without permutations it does not matter.
         """
         if self.n == 0:
             width = mem[0].size
-            self._means, self._deviation, self._largest, self._square_sum = (
+            self._means, self._deviation, self._largest = (
                 torch.zeros(2, width, dtype=torch.float64),
-                *torch.zeros(3, width, dtype=torch.float64),
+                *torch.zeros(2, width, dtype=torch.float64),
             )
+            self._square_sum = np.zeros(width)
             self._flipped = np.zeros((1 + self.n_permutations, width))
         if self.n_permutations:
-            self._flip(mem, gen)
+            for first in range(0, len(mem), PAIRS_A_SUM):
+                some = slice(first, first + PAIRS_A_SUM)
+                self._sum_up(mem[some], gen[some], None if items is None else items[some])
         for first in range(0, len(mem), PAIRS_AT_ONCE):
             some = slice(first, first + PAIRS_AT_ONCE)
             sides = [side[some].reshape(len(side[some]), -1) for side in (mem, gen)]
@@ -57,8 +75,6 @@ class PairMoments:
         for side in sides:
             torch.maximum(self._largest, torch.maximum(side.amax(0), -side.amin(0)), out=self._largest)
         mem, gen = (side.double() for side in sides)
-        if self.n_permutations:
-            self._square_sum += (mem - gen).square().sum(0)
         means = torch.stack([mem.mean(0), gen.mean(0)])
         # Both sides as one sample: their own deviation, and what parts their mean from the mean so far.
         middle, before = means.mean(0), self._means.mean(0)
@@ -94,46 +110,75 @@ class PairMoments:
     def p_values(self) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]]:
         """Two-sided paired sign-flip p-values of each neuron, and the same against the largest over all (max-T).
 
-        Both count the observed labelling: ``(1 + hits) / (1 + n_permutations)``; nan without permutations.
+        The statistic is the t of the items' sums. Both count the observed labelling: ``(1 + hits) / (1 +
+        n_permutations)``; nan without permutations. All pairs must have been added: this ends the last item.
         """
         if not self.n_permutations:
             return np.full(len(self.nmd), np.nan), np.full(len(self.nmd), np.nan)
-        square_sum = np.where(self.constant, 0.0, self._square_sum.numpy())  # unchanged by any flip
+        self._end_item()
+        square_sum = np.where(self.constant, 0.0, self._square_sum)  # unchanged by any flip
         sums = np.where(self.constant, 0.0, self._flipped)
-        observed = _abs_t(sums[0], square_sum, self.n)
+        observed = _abs_t(sums[0], square_sum, self.n_items)
         reached = observed * (1 - 1e-9)  # rounding must not decide ties, of which few pairs have many
         hits, family_hits = np.zeros(len(observed)), np.zeros(len(observed))
         for first in range(1, len(sums), PERMUTATIONS_A_BLOCK):
-            permuted = _abs_t(sums[first : first + PERMUTATIONS_A_BLOCK], square_sum, self.n)
+            permuted = _abs_t(sums[first : first + PERMUTATIONS_A_BLOCK], square_sum, self.n_items)
             hits += (permuted >= reached).sum(0)
             family_hits += (permuted.max(1, keepdims=True) >= reached).sum(0)
         return (1 + hits) / (1 + self.n_permutations), (1 + family_hits) / (1 + self.n_permutations)
 
-    def _flip(self, mem: Float[np.ndarray, "pair *neuron"], gen: Float[np.ndarray, "pair *neuron"]) -> None:
-        """Add the differences to the sum of each permutation, with that permutation's signs."""
+    def _sum_up(
+        self,
+        mem: Float[np.ndarray, "pair *neuron"],
+        gen: Float[np.ndarray, "pair *neuron"],
+        items: Shaped[np.ndarray, " pair"] | None,
+    ) -> None:
+        """Sum the differences of each item, and flip the sums of those that have ended."""
+        difference = np.subtract(mem, gen, dtype=np.float64).reshape(len(mem), -1)
+        if items is None:
+            self._end_item()
+            self._flip(difference)
+            return
+        starts = np.flatnonzero(np.concatenate([[True], items[1:] != items[:-1]]))
+        sums = np.add.reduceat(difference, starts, axis=0)
+        if len(self._item_sum) and items[0] == self._item:
+            sums[0] += self._item_sum
+        else:
+            self._end_item()
+        self._flip(sums[:-1])
+        self._item, self._item_sum = items[-1], sums[-1]
+
+    def _end_item(self) -> None:
+        if len(self._item_sum):
+            self._flip(self._item_sum[None])
+            self._item, self._item_sum = None, np.empty(0)
+
+    def _flip(self, sums: Float[np.ndarray, "item neuron"]) -> None:
+        """Add items' sums to the total of each permutation, with that permutation's signs."""
+        self._square_sum += np.einsum("in,in->n", sums, sums)
         done = 0
-        while done < len(mem):
-            chunk, start = divmod(self.n + done, PAIRS_A_CHUNK)
+        while done < len(sums):
+            chunk, start = divmod(self.n_items, ITEMS_A_CHUNK)
             if chunk != self._chunk:
                 self._chunk, self._signs = chunk, _signs(self.n_permutations, [self.seed, chunk])
-            part = slice(done, done + PAIRS_A_CHUNK - start)
-            difference = np.subtract(mem[part], gen[part], dtype=np.float64).reshape(len(mem[part]), -1)
-            self._flipped += self._signs[:, start : start + len(difference)] @ difference
-            done += len(difference)
+            part = sums[done : done + ITEMS_A_CHUNK - start]
+            self._flipped += self._signs[:, start : start + len(part)] @ part
+            done += len(part)
+            self.n_items += len(part)
 
 
-def _signs(n_permutations: int, seed: list[int]) -> Float[np.ndarray, "permutation pair"]:
-    """Signs of the pairs of one chunk, drawn once for all neurons, so that max-T holds under dependence.
+def _signs(n_permutations: int, seed: list[int]) -> Float[np.ndarray, "permutation item"]:
+    """Signs of the items of one chunk, drawn once for all neurons, so that max-T holds under dependence.
 
     The first row flips nothing: what was observed is summed as its permutations are, so that rounding parts no tie.
     """
-    drawn = np.random.default_rng(seed).bytes(n_permutations * PAIRS_A_CHUNK // 8)
+    drawn = np.random.default_rng(seed).bytes(n_permutations * ITEMS_A_CHUNK // 8)
     bits = np.unpackbits(np.frombuffer(drawn, np.uint8)).astype(np.float64)
-    return np.vstack([np.ones(PAIRS_A_CHUNK), (2 * bits - 1).reshape(n_permutations, PAIRS_A_CHUNK)])
+    return np.vstack([np.ones(ITEMS_A_CHUNK), (2 * bits - 1).reshape(n_permutations, ITEMS_A_CHUNK)])
 
 
 def _abs_t(sums: np.ndarray, square_sum: np.ndarray, n: int) -> np.ndarray:
-    """Absolute paired t statistic from sums of differences; 0 where all differences are 0."""
+    """Absolute one-sample t statistic of n items from their sum and sum of squares; 0 where all of them are 0."""
     mean = sums / n
     variance = np.maximum(square_sum / n - np.square(mean), 0) / max(n - 1, 1)
     floor = 1e-12 * np.maximum(square_sum / n, 1e-300)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.recording.reading import EMBEDDING, recorded_blocks
+from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
+from memgen_lens.analysis.recording.reading import recorded_blocks
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
@@ -34,10 +35,11 @@ def attribute(
     - ``nmd[l, i] = mean over pairs of (h_mem - h_gen)``: the neuron-wise mean difference (arXiv 2412.18497 v1, sec. 5).
     - ``rho[l, i]``: Pearson correlation of the activation with the label (1 = memorization) over both prompts of all
       pairs (v2, sec. 4).
-    - ``p``: two-sided paired permutation test. Under the null the two prompts of a pair are exchangeable, so the sign
-      of each difference is flipped at random; the statistic is the paired t. ``p_family`` refers each neuron to the
-      largest abs(t) over all neurons (max-T; Westfall and Young 1993), ``q`` is Benjamini-Hochberg over the site.
-      The papers test nothing.
+    - ``p``: two-sided paired permutation test. Under the null the labels of an item are exchangeable, so the signs of
+      its differences are flipped at random, those of all its pairs together; the statistic is the t of the items' sums
+      of differences (of the pairs, where each is an item of its own). ``p_family`` refers each neuron to the largest
+      abs(t) over all neurons (max-T; Westfall and Young 1993), ``q`` is Benjamini-Hochberg over the site. The papers
+      test nothing.
 
     Args:
         acts: Activations recorded by `record`.
@@ -55,13 +57,15 @@ def attribute(
         SettingsError: Fewer than 1,000 permutations.
     """
     _require_permutations("attribute", n_permutations)
-    recorded = acts.site(site)
-    index = _pairs_of(acts.pairs, split, call="attribute")
+    recorded, item = acts.site(site), acts.pairs.item
+    index = _by_item(acts.pairs, _pairs_of(acts.pairs, split, call="attribute"))
     moments = PairMoments(n_permutations=n_permutations, seed=seed)
     for first in range(0, len(index), PAIRS_A_BLOCK):
         rows = index[first : first + PAIRS_A_BLOCK]
-        moments.add(recorded.memorized[rows], recorded.generalized[rows])
-    return _scores(site, moments, recorded.memorized.shape[1:])
+        mem, gen = recorded.memorized[rows], recorded.generalized[rows]
+        require_finite("attribute", site, [mem, gen], acts.pairs.take(rows))
+        moments.add(mem, gen, item[rows])
+    return _scores(site, moments, recorded.memorized.shape[1:], _n_items(acts.pairs, index))
 
 
 def attribute_streaming(
@@ -101,7 +105,8 @@ def attribute_streaming(
     """
     call = "attribute_streaming"
     _require_permutations(call, n_permutations)
-    scored = pairs.take(_pairs_of(pairs, split, call=call))
+    index = _by_item(pairs, _pairs_of(pairs, split, call=call))
+    scored, n_items = pairs.take(index), _n_items(pairs, index)
     if not n_permutations:
         # Means and correlations do not depend on who is whose partner: prompts that begin alike come together, so that
         # their beginnings are run once.
@@ -110,13 +115,14 @@ def attribute_streaming(
     moments: dict[str, PairMoments] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for block in recorded_blocks(model, scored, sites, batch_size=batch_size, progress=progress, call=call):
+        items = scored.item[block.first : block.first + block.tokens.shape[1]]
         for site, (mem, gen) in block.sides.items():
             if site == EMBEDDING:
                 continue
             shapes[site] = mem.shape[1:]
             running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
-            running.add(mem, gen)
-    return {site: _scores(site, running, shapes[site]) for site, running in moments.items()}
+            running.add(mem, gen, items)
+    return {site: _scores(site, running, shapes[site], n_items) for site, running in moments.items()}
 
 
 def correlation(
@@ -129,17 +135,25 @@ def correlation(
 
 
 def sign_flip_test(
-    difference: Float[np.ndarray, "pair neuron"], *, n_permutations: int, seed: int
+    difference: Float[np.ndarray, "pair neuron"],
+    items: Shaped[np.ndarray, " pair"] | None = None,
+    *,
+    n_permutations: int,
+    seed: int,
 ) -> tuple[Float[np.ndarray, " neuron"], Float[np.ndarray, " neuron"]]:
     """Two-sided paired sign-flip permutation p-values of each neuron's mean difference, and the max-T ones.
 
     Args:
         difference: ``h_mem - h_gen`` of each pair.
+        items: The item of each pair, in any order; its pairs are flipped together. Default: each is its own.
         n_permutations: Sign flips, drawn once and shared by all neurons, so that max-T holds under dependence.
         seed: Their seed.
     """
     moments = PairMoments(n_permutations=n_permutations, seed=seed)
-    moments.add(difference, np.zeros_like(difference))
+    if items is not None:
+        order = np.argsort(items, kind="stable")
+        difference, items = difference[order], items[order]
+    moments.add(difference, np.zeros_like(difference), items)
     return moments.p_values()
 
 
@@ -147,7 +161,16 @@ def _text(item: Item) -> str:
     return item.prompt
 
 
-def _scores(site: str, moments: PairMoments, shape: tuple[int, ...]) -> NeuronScores:
+def _by_item(pairs: PromptPairs, index: Int[np.ndarray, " index"]) -> Int[np.ndarray, " index"]:
+    """The same pairs, those of one item one after another."""
+    return index[np.argsort(pairs.item[index], kind="stable")]
+
+
+def _n_items(pairs: PromptPairs, index: Int[np.ndarray, " index"]) -> int:
+    return len(np.unique(pairs.item[index]))
+
+
+def _scores(site: str, moments: PairMoments, shape: tuple[int, ...], n_items: int) -> NeuronScores:
     p, p_family = moments.p_values()
     return NeuronScores(
         site=site,
@@ -157,6 +180,7 @@ def _scores(site: str, moments: PairMoments, shape: tuple[int, ...]) -> NeuronSc
         p_family=p_family.reshape(shape),
         q=(fdr(p) if moments.n_permutations else p).reshape(shape),
         n_pairs=moments.n,
+        n_items=n_items,
     )
 
 

@@ -54,8 +54,8 @@ def across_tasks(
       intervals by item. Beside the overlap, two expectations by chance: sets drawn from all neurons, and sets with the
       same number in each layer (`memgen_lens.core.stats.Overlap`). Neurons constant on both tasks are left out.
     - AUROC of the source's probe on the target, 95 % bootstrap interval by item.
-    - Rates of steering the target's prompts, both ways, with the source's neurons, shifts and setting; 95 % Wilson
-      intervals, and the mean of 20 draws of random neurons shifted as hard, as many in each layer.
+    - Rates of steering the target's prompts, both ways, with the source's neurons, shifts and setting; 95 %
+      intervals by item, and the mean of 20 draws of random neurons shifted as hard, as many in each layer.
 
     After the inter-task consistency of arXiv 2412.18497 v2; chance levels, probes and steering across tasks are ours.
 
@@ -251,8 +251,9 @@ def _with_intervals(
             for name, drawn in draws.items():
                 ends = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmedian(drawn) + values[name][i, j]
                 low[name][i, j], high[name][i, j] = ends.clip(-1 if name == "rank_correlation" else 0, 1)
-    n = np.array([[len(target.acts.pairs.of("test")) for target in ready]] * len(ready))
-    return {name: Matrix(value, low[name], high[name], n) for name, value in values.items()}
+    tests = [target.acts.pairs.item[target.acts.pairs.of("test")] for target in ready]
+    n, n_items = (np.array([[len(of(item)) for item in tests]] * len(ready)) for of in (np.asarray, np.unique))
+    return {name: Matrix(value, low[name], high[name], n, n_items) for name, value in values.items()}
 
 
 def _probe_transfer(ready: Sequence[_Prepared], site: str, seed: int) -> Matrix:
@@ -264,13 +265,15 @@ def _probe_transfer(ready: Sequence[_Prepared], site: str, seed: int) -> Matrix:
             test, recorded = target.acts.pairs.of("test"), target.acts.site(site)
             both = np.concatenate([recorded.memorized[test, source.layer], recorded.generalized[test, source.layer]])
             labels, items = np.repeat([True, False], len(test)), np.tile(target.acts.pairs.item[test], 2)
-            row.append((score_probe(source.probe, both, labels, items, seed=seed), len(labels)))
+            scores = score_probe(source.probe, both, labels, items, seed=seed)
+            row.append((scores, len(labels), len(np.unique(items))))
         cells.append(row)
     return Matrix(
-        value=np.array([[scores.auroc for scores, _ in row] for row in cells]),
-        low=np.array([[scores.auroc_ci95[0] for scores, _ in row] for row in cells]),
-        high=np.array([[scores.auroc_ci95[1] for scores, _ in row] for row in cells]),
-        n=np.array([[n for _, n in row] for row in cells]),
+        value=np.array([[scores.auroc for scores, *_ in row] for row in cells]),
+        low=np.array([[scores.auroc_ci95[0] for scores, *_ in row] for row in cells]),
+        high=np.array([[scores.auroc_ci95[1] for scores, *_ in row] for row in cells]),
+        n=np.array([[n for _, n, _ in row] for row in cells]),
+        n_items=np.array([[n_items for *_, n_items in row] for row in cells]),
     )
 
 
@@ -281,6 +284,7 @@ def _matrix(rates: list[list[Rate]]) -> Matrix:
         np.array([[low for low, _ in row] for row in ends]),
         np.array([[high for _, high in row] for row in ends]),
         np.array([[rate.n for rate in row] for row in rates]),
+        np.array([[rate.n_items for rate in row] for row in rates]),
     )
 
 

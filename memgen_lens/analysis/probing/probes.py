@@ -16,6 +16,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from memgen_lens.analysis.probing.prompt import MAX_ITER, PromptProbe, fit_prompt_probe, prompt_features
+from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.records import Activations, ProbeReport, ProbeScores, SiteActivations
 from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy
@@ -46,6 +47,8 @@ def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
         PairsError: A split holds fewer than 8 pairs, or all prompts are of one class.
     """
     recorded = acts.site(site)
+    for name, kept in ((site, recorded), (EMBEDDING, acts.embedding)):
+        require_finite("fit_probes", name, [kept.memorized, kept.generalized], acts.pairs)
     train = np.concatenate([acts.pairs.of("select"), acts.pairs.of("tune")])
     test = acts.pairs.of("test")
     data = _Data.of(acts, train, test)
@@ -65,6 +68,8 @@ def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
         learning_curve=_learning_curve(data, of_best, layers[best].scores.auroc, rng),
         n_train=len(train),
         n_test=len(test),
+        n_train_items=len(np.unique(acts.pairs.item[train])),
+        n_test_items=len(np.unique(acts.pairs.item[test])),
         probes=tuple(layer.probe for layer in layers),
     )
 

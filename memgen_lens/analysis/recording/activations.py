@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memgen_lens.analysis.recording.reading import EMBEDDING, SIDES, recorded_blocks
+from memgen_lens.analysis.recording.finite import EMBEDDING, SIDES
+from memgen_lens.analysis.recording.reading import recorded_blocks
 from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs

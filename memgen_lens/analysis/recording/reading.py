@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
 from memgen_lens.core.errors import SiteError
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.progress import progress_bar
@@ -25,9 +26,6 @@ from memgen_lens.models.sites import ENTERS_FIRST_BLOCK, block_of, site_hooks
 from memgen_lens.models.step import takes
 from memgen_lens.models.tokens import Batch, in_batches, tokenized
 
-EMBEDDING = "embedding"
-"""Name under which what enters the first block is kept beside the sites."""
-SIDES = ("memorized", "generalized")
 TOKENS_AT_ONCE = 20_480
 """Tokens of one forward pass, where no number of prompts is asked for."""
 NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
@@ -81,6 +79,8 @@ def recorded_blocks(
     with progress_bar(2 * len(pairs), "recording", shown=progress) as bar:
         for first in range(0, len(pairs), step):
             block = _recorded(read, pairs, slice(first, first + step))
+            for name, sides in block.sides.items():
+                require_finite(call, name, list(sides), pairs.take(np.arange(first, min(first + step, len(pairs)))))
             bar.update(2 * block.tokens.shape[1])
             yield block
 

@@ -15,6 +15,7 @@ from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import observe_items
 from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
@@ -56,7 +57,8 @@ def evaluate_steering(
         batch_size: Rows in one forward pass.
 
     Returns:
-        Rates with 95 % Wilson intervals and n; controls as mean over draws with the interval that holds 95 % of them.
+        Rates with n and 95 % intervals that count items (`memgen_lens.core.stats.wilson`); controls as mean over draws
+        with the interval that holds 95 % of them.
 
     Raises:
         PairsError: The split holds fewer than 8 pairs that flip unsteered.
@@ -127,14 +129,20 @@ def _rates(
             # Where most of a layer is selected, most of any random draw is selected too: a control then says little.
             "overlap": float(np.mean([draw.selected[steer.selected].sum() for draw in draws])) / max(n_selected, 1),
         }
+    independent = same_items(items)
+
+    def rate(hits: Sequence[bool]) -> dict[str, Any]:
+        return _plain(wilson(hits, independent))
+
     before = "memorized_answer" if toward == "generalization" else "rule_answer"
     return SteeringRates(
         toward=toward,
         n=len(items),
-        shift=_plain(wilson([b is aim for b in behaviors[0]])),
-        memorized_form=_plain(wilson(forms[0])),
-        stayed=_plain(wilson([b is stay for b in behaviors[0]])),
-        other=_plain(wilson([b is Behavior.OTHER for b in behaviors[0]])),
+        n_items=len(set(independent)),
+        shift=rate([b is aim for b in behaviors[0]]),
+        memorized_form=rate(forms[0]),
+        stayed=rate([b is stay for b in behaviors[0]]),
+        other=rate([b is Behavior.OTHER for b in behaviors[0]]),
         controls=table,
         examples=tuple(
             {
@@ -216,4 +224,4 @@ def _kl(model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size
 
 
 def _plain(rate: Rate) -> dict[str, Any]:
-    return {"rate": rate.rate, "ci95": list(rate.ci95), "k": rate.k, "n": rate.n}
+    return {"rate": rate.rate, "ci95": list(rate.ci95), "k": rate.k, "n": rate.n, "n_items": rate.n_items}

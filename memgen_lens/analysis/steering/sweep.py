@@ -12,6 +12,7 @@ from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, SweepRow
 from memgen_lens.core.types import Behavior, Direction, LensModel, Positions
@@ -112,6 +113,7 @@ def sweep_steering(
             setting=steering.setting,
             layers=chosen,
             n=len(index),
+            n_items=len(set(same_items(judge.side("generalization", index)))),
             to_generalization=float(np.mean(computed[i] == Behavior.GENERALIZATION)),
             to_generalization_other=float(np.mean(computed[i] == Behavior.OTHER)),
             to_memorization=float(np.mean(recalled[i] == Behavior.MEMORIZATION)),

@@ -13,6 +13,7 @@ from memgen_lens.analysis.steering.evaluation import control_draws
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.core.items import same_items
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
 
@@ -80,6 +81,7 @@ def shift_rates(
         shape = (len(draws), 1 + N_DRAWS, len(items))
         return behaviors.reshape(shape), forms.reshape(shape)
 
+    independent = same_items(judge.side("generalization", index))
     computed, _ = shares("generalization")
     recalled, forms = shares("memorization")
     figures = {
@@ -91,7 +93,7 @@ def shift_rates(
     }
     return tuple(
         ShiftRates(
-            **{name: wilson(hits[i, 0]) for name, hits in figures.items()},
+            **{name: wilson(hits[i, 0], independent) for name, hits in figures.items()},
             random_neurons={
                 name: float(figures[name][i, 1:].mean())
                 for name in ("to_generalization", "exact_recall", "memorized_form")
