@@ -174,7 +174,7 @@ def made_up(low: list[list[float]], *, prompt_alone: float = 0.6) -> Dynamics:
     lower = np.array(low)
     zeros = np.zeros_like(lower)
     steps = np.arange(len(lower)) * 100
-    series = RateSeries(zeros[:, 0], zeros[:, 0], zeros[:, 0], steps)
+    series = RateSeries(zeros[:, 0], zeros[:, 0], zeros[:, 0], steps, steps)
     names = ("nmd_mean", "nmd_max", "nmd_mean_in_sd", "nmd_max_in_sd", "rho_max", "rho_p95", "share_fdr05")
     return Dynamics(
         task="made up",

@@ -107,7 +107,7 @@ def arguments(call: str | None = None, **kinds: Any) -> Callable[[F], F]:
         shape, name = signature(function), call or function.__name__.removeprefix("_")
 
         @cache
-        def adapter(argument: str) -> TypeAdapter[Any]:
+        def adapter(argument: str) -> Any:
             return TypeAdapter(kinds[argument], config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
         @wraps(function)

@@ -208,15 +208,18 @@ def same_prompts(keys: Iterable[Hashable], *sides: Sequence[str]) -> list[int]:
         *sides: Prompts, one a pair.
 
     Returns:
-        A number for each pair's item, in the order in which items first occur.
+        The item of each pair: its first key, where keys are numbers; else a number, in the order of first occurrence.
     """
+    keys = list(keys)
     names: dict[Hashable, int] = {}
     own = [names.setdefault(("item", key), len(names)) for key in keys]
     prompts = [names.setdefault(("prompt", prompt), len(names)) for side in sides for prompt in side]
     edges = (np.ones(len(prompts)), (np.tile(np.array(own, dtype=int), len(sides)), np.array(prompts, dtype=int)))
     _, component = connected_components(coo_array(edges, shape=(len(names), len(names))), directed=False)
-    numbers: dict[int, int] = {}
-    return [numbers.setdefault(int(component[node]), len(numbers)) for node in own]
+    numbered = all(isinstance(key, int) for key in keys)
+    first: dict[int, Any] = {}
+    merged = zip(keys, own, strict=True)
+    return [first.setdefault(int(component[node]), key if numbered else len(first)) for key, node in merged]
 
 
 def _item_keys(items: Sequence[Any], call: str) -> list[int | str]:
@@ -236,7 +239,7 @@ def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) 
     """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split.
 
     Raises:
-        PairsError: The shares are not two above 0 that leave something to test on.
+        PairsError: The shares are not two that leave something to test on.
     """
     _require_shares(shares)
     unique, inverse = np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)
@@ -248,13 +251,13 @@ def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) 
 def _require_shares(shares: Any) -> None:
     try:
         select, tune = (float(share) for share in shares)
-        possible = select > 0 and tune > 0 and select + tune < 1 - 1e-9
+        possible = select >= 0 and tune >= 0 and select + tune < 1 - 1e-9
     except (TypeError, ValueError):
         possible = False
     if not possible:
         raise PairsError(
             "shares",
-            expected="the shares of items in select and in tune, both above 0 and together below 1",
+            expected="the shares of items in select and in tune, each at least 0 and together below 1",
             received=repr(shares)[:80],
             fix="The rest is the test: shares=(0.4, 0.2) leaves 40 % to it.",
         )

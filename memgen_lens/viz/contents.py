@@ -15,6 +15,7 @@ from memgen_lens.core.dynamics_records import Dynamics
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.metrics import SCHEMA
 from memgen_lens.core.records import (
     Evaluation,
     NeuronScores,
@@ -28,7 +29,6 @@ from memgen_lens.core.records import (
 )
 from memgen_lens.core.types import Behavior
 
-SCHEMA = 1
 T = TypeVar("T")
 
 

@@ -17,7 +17,7 @@ ARRAYS = ("nmd", "rho", "p", "p_family", "q")
 
 def scores(site: str = "resid_post") -> NeuronScores:
     rng = np.random.default_rng(0)
-    return NeuronScores(site=site, n_pairs=37, **{name: rng.uniform(size=(3, 7)) for name in ARRAYS})
+    return NeuronScores(site=site, n_pairs=37, n_items=30, **{name: rng.uniform(size=(3, 7)) for name in ARRAYS})
 
 
 def probe_report() -> ProbeReport:

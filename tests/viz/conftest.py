@@ -85,7 +85,7 @@ def neuron_scores(site: str = "resid_post", n_layers: int = 2, n_neurons: int = 
     nmd = (rng.standard_t(4, size=(n_layers, n_neurons)) * depth * 0.3).astype(np.float32)
     rho = np.tanh(nmd * 0.6 + rng.normal(scale=0.05, size=nmd.shape)).astype(np.float32)
     p = np.exp(-6 * np.abs(rho)).clip(1 / 1001, 1)
-    return NeuronScores(site, nmd, rho, p, np.minimum(p * 20, 1), np.minimum(p * 2, 1), 24)
+    return NeuronScores(site, nmd, rho, p, np.minimum(p * 20, 1), np.minimum(p * 2, 1), 24, 24)
 
 
 def probe_report(n_layers: int = 2) -> ProbeReport:
@@ -105,6 +105,8 @@ def probe_report(n_layers: int = 2) -> ProbeReport:
         learning_curve=tuple({"n_pairs": float(n), "auroc": 1 - 2 / n} for n in (4, 8, 16, 36)),
         n_train=36,
         n_test=24,
+        n_train_items=36,
+        n_test_items=24,
         probes=(),
     )
 
@@ -126,6 +128,7 @@ def steering_rates(toward: Any, k: int, form: int, n: int = 24) -> SteeringRates
     return SteeringRates(
         toward=toward,
         n=n,
+        n_items=n,
         shift=share(k),
         memorized_form=share(form),
         stayed=share(1),
@@ -164,18 +167,18 @@ def sweep_rows() -> list[SweepRow]:
                     broken = float(np.clip((dose - 0.8) / 2, 0, 1))
                     setting = SteeringSetting(site, fraction, alpha, positions)
                     form = float(np.clip(dose, 0, 1)) * (1 - broken)
-                    rows.append(SweepRow(setting, None, 12, hit, broken, hit / 20, form, broken))
+                    rows.append(SweepRow(setting, None, 12, 12, hit, broken, hit / 20, form, broken))
     patch = SteeringSetting("resid_post", 0.1, None, "prompt", "patch")
-    return [*rows, SweepRow(patch, None, 12, 0.75, 0.1, 0.5, 0.6, 0.1)]
+    return [*rows, SweepRow(patch, None, 12, 12, 0.75, 0.1, 0.5, 0.6, 0.1)]
 
 
 def layer_rows() -> list[SweepRow]:
-    return [SweepRow(CHOSEN, (layer,), 12, 0.8 * layer, 0.1, 0.0, 0.7 * layer, 0.1) for layer in range(2)]
+    return [SweepRow(CHOSEN, (layer,), 12, 12, 0.8 * layer, 0.1, 0.0, 0.7 * layer, 0.1) for layer in range(2)]
 
 
 def metrics() -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "preset": "quickstart",
         "seed": 0,
         "behavior": {

@@ -27,7 +27,7 @@ def halves() -> SplitHalf:
 
 
 def matrix(value: np.ndarray, low: float = 0.0) -> Matrix:
-    return Matrix(value, (value - 0.1).clip(low, 1), (value + 0.1).clip(low, 1), np.full(value.shape, 24))
+    return Matrix(value, (value - 0.1).clip(low, 1), (value + 0.1).clip(low, 1), *[np.full(value.shape, 24)] * 2)
 
 
 def tasks(n: int = 3) -> TaskConsistency:
@@ -62,9 +62,9 @@ def seeds() -> SeedConsistency:
 def run_dynamics() -> Dynamics:
     steps = np.arange(0, 600, 100)
     rate = np.linspace(0, 1, 6)
-    series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), np.full(6, 24))
+    series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), *[np.full(6, 24)] * 2)
     late = np.where(steps < 300, np.nan, rate)
-    gaps = RateSeries(late, late - 0.1, late, np.where(steps < 300, 0, 24))
+    gaps = RateSeries(late, late - 0.1, late, *[np.where(steps < 300, 0, 24)] * 2)
     layers = rate[:, None] * np.array([0.5, 1.0])
     auroc = 0.5 + layers / 2
     names = ("nmd_mean", "nmd_max", "nmd_mean_in_sd", "nmd_max_in_sd", "rho_max", "rho_p95", "share_fdr05")
@@ -216,7 +216,10 @@ def test_a_single_checkpoint_is_drawn():
         if isinstance(getattr(whole, name), np.ndarray)
     }
     rates = {
-        name: {key: RateSeries(s.rate[:1], s.low[:1], s.high[:1], s.n[:1]) for key, s in getattr(whole, name).items()}
+        name: {
+            key: RateSeries(s.rate[:1], s.low[:1], s.high[:1], s.n[:1], s.n_items[:1])
+            for key, s in getattr(whole, name).items()
+        }
         for name in ("behavior", "steering")
     }
     one = replace(whole, **cut, **rates, random_neurons={k: v[:1] for k, v in whole.random_neurons.items()})

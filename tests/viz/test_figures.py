@@ -24,7 +24,7 @@ def traces(figure: go.Figure) -> dict:
 
 def scores_of(nmd: np.ndarray) -> NeuronScores:
     ones = np.ones_like(nmd)
-    return NeuronScores("post", nmd, np.sign(nmd) / 2, ones, ones, ones, 8)
+    return NeuronScores("post", nmd, np.sign(nmd) / 2, ones, ones, ones, 8, 8)
 
 
 def test_training_curves_draw_the_history_with_the_loss_on_a_second_axis(samples):

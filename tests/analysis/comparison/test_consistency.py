@@ -35,7 +35,7 @@ def noise(n_pairs: int = 60, n_neurons: int = 100, seed: int = 0, n_layers: int 
 
 def scores_of(rho: np.ndarray, site: str = "x") -> NeuronScores:
     ones = np.ones_like(rho)
-    return NeuronScores(site, rho, rho, ones, ones, ones, 20)
+    return NeuronScores(site, rho, rho, ones, ones, ones, 20, 20)
 
 
 # --- the overlap of two sets -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def scores_of(model, site="post"):
     """Scores that fit a model at a site, drawn at random."""
     rng, width = np.random.default_rng(0), {"post": model.cfg.d_mlp, "resid_post": model.cfg.d_model}[site]
     rho, nmd = rng.uniform(-1, 1, size=(2, model.cfg.n_layers, width))
-    return NeuronScores(site, nmd, rho, np.full_like(rho, 0.5), np.full_like(rho, 0.5), np.full_like(rho, 0.5), 8)
+    return NeuronScores(site, nmd, rho, np.full_like(rho, 0.5), np.full_like(rho, 0.5), np.full_like(rho, 0.5), 8, 8)
 
 
 def close(a, b, tolerance=1e-6):
@@ -89,7 +89,7 @@ def test_the_top_fraction_is_taken_over_all_layers_by_abs_rho(scores):
 @pytest.mark.parametrize(("fraction", "count"), [(1e-9, 1), (0.26, 2), (0.5, 3), (1.0, 6)])
 def test_a_fraction_is_rounded_to_neurons_and_never_to_none(fraction, count):
     rho = np.array([[0.1, -0.9, 0.2], [0.3, 0.0, -0.8]])
-    score = NeuronScores("post", rho, rho, *[np.ones_like(rho)] * 3, 8)
+    score = NeuronScores("post", rho, rho, *[np.ones_like(rho)] * 3, 8, 8)
     selected = Steering.from_scores(score, top_fraction=fraction).selected
     assert selected.sum() == count and selected[0, 1]
 
@@ -553,7 +553,7 @@ def test_a_model_of_another_width_is_refused(learned, known):
 
 def test_a_model_of_another_depth_is_refused(known):
     rho = np.ones((3, 64))
-    steer = Steering.from_scores(NeuronScores("post", rho, rho, rho, rho, rho, 8))
+    steer = Steering.from_scores(NeuronScores("post", rho, rho, rho, rho, rho, 8, 8))
     with (
         pytest.raises(SiteError, match=r"a model with 3 layers there, as in the scores; received 2"),
         steer.applied(known.model, toward="memorization"),
@@ -563,7 +563,7 @@ def test_a_model_of_another_depth_is_refused(known):
 
 def test_a_model_without_the_site_is_refused(known):
     rho = np.ones((2, planted.D_MODEL))
-    steer = Steering.from_scores(NeuronScores("ln2", rho, rho, rho, rho, rho, 8))
+    steer = Steering.from_scores(NeuronScores("ln2", rho, rho, rho, rho, rho, 8, 8))
     with (
         pytest.raises(SiteError, match=r"blocks\.0\.ln2\.hook_normalized, which it does not have"),
         steer.applied(known.model, toward="memorization"),

@@ -63,7 +63,7 @@ def row(fraction, alpha, there, there_other, form, form_other, *, n=100, recall=
     mode = "shift" if alpha is not None else "patch"
     setting = SteeringSetting("post", fraction, alpha, "answer", mode)
     rates = (float(rate) for rate in (there, there_other, recall, form, form_other))
-    return SweepRow(setting, None, n, *rates)
+    return SweepRow(setting, None, n, n, *rates)
 
 
 @pytest.mark.parametrize("watch", [helpers.unwatched, helpers.watched])
