@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.matching import as_stops, cut
 from memgen_lens.core.types import LensModel, Split
 from memgen_lens.fast.decoding import Intervention, greedy_copies
 from memgen_lens.fast.support import is_plain
@@ -48,7 +49,14 @@ def observe_items(model: LensModel, task: Any, items: Sequence[Item], *, batch_s
     ]
 
 
-def complete(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 2048) -> list[str]:
+def complete(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 2048,
+    stop: str | Sequence[str] = (),
+) -> list[str]:
     """Greedy completions of prompts, without the prompt and the end-of-text token.
 
     Prompts are grouped by their length in tokens rather than padded, so that a batch gives each prompt what it would
@@ -59,15 +67,18 @@ def complete(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, b
         prompts: Any number of prompts.
         max_new_tokens: Tokens generated at most, the end-of-text token counted.
         batch_size: Prompts in one forward pass.
+        stop: Texts that end a completion: it is cut before the first of them, after it is generated.
 
     Raises:
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+        PairsError: A text of ``stop`` is empty.
     """
+    stops = as_stops(stop, call="complete")
     outputs = [""] * len(prompts)
     for index, tokens in by_length(model, prompts, batch_size=batch_size):
         new = _greedy(model, tokens, max_new_tokens=max_new_tokens)
         for i, text in zip(index, decode(model, new), strict=True):
-            outputs[i] = text
+            outputs[i] = cut(text, stops)
     return outputs
 
 
