@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.matching import as_stops, cut
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.types import LensModel, Split
 from memgen_lens.fast.decoding import Intervention, greedy_copies
@@ -68,6 +69,7 @@ def complete(
     prepend_bos: bool | None = None,
     use_cache: bool = True,
     progress: bool = True,
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """Greedy completions of prompts, without the prompt and the end-of-text token.
 
@@ -84,18 +86,21 @@ def complete(
             tokenizer does.
         use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
         progress: Show a progress bar, should it take longer than two seconds.
+        stop: Texts that end a completion: it is cut before the first of them, after it is generated.
 
     Raises:
         ModelError: The model is compiled or no lens model, the tokenizer lacks a character, or model and tokens are on
             different devices.
+        PairsError: A text of ``stop`` is empty.
     """
     call = "complete"
     require_lens_model(model, call=call)
+    stops = as_stops(stop, call=call)
     outputs = [""] * len(prompts)
     with progress_bar(len(prompts), "completing", shown=progress) as bar:
         for index, new in _greedy(model, prompts, max_new_tokens, batch_size, prepend_bos, use_cache):
             for i, text in zip(index, decode(model, new), strict=True):
-                outputs[i] = text
+                outputs[i] = cut(text, stops)
             bar.update(len(index))
     return outputs
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from memgen_lens.core.errors import PairsError
 from memgen_lens.core.types import Behavior
 
 
@@ -29,6 +30,19 @@ class Item:
     rule_answer: str | None
     memorized_answer: str | None = None
     task: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The one answer that is named; a ``match`` function is called with each of an item's answers by itself."""
+        named = [answer for answer in (self.rule_answer, self.memorized_answer) if answer is not None]
+        if len(named) != 1:
+            raise PairsError(
+                "item.answer",
+                expected="an item that names one answer",
+                received=f"{len(named)} answers to {self.prompt[-60:]!r}",
+                fix="Read item.rule_answer and item.memorized_answer.",
+            )
+        return named[0]
 
     def classify(self, output: str) -> Behavior:
         """Which behaviour a completion of this item's prompt shows: an exact match, or `Behavior.OTHER`."""

@@ -12,8 +12,10 @@ from jaxtyping import Int, Shaped
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from memgen_lens.core.chats import render_chats
 from memgen_lens.core.errors import PairsError, suggest
 from memgen_lens.core.items import Item
+from memgen_lens.core.matching import Match, as_stops, shown
 
 PairSplit = Literal["select", "tune", "test"]
 MINIMUM_PAIRS = 8
@@ -33,6 +35,10 @@ class PromptPairs:
         n_items_by_task: Items that were asked of each task; empty where that is not known.
         prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it; None for what
             the model does by itself (`memgen_lens.complete`).
+        match: How an output is held against an answer where no task judges: ``"prefix"``, ``"exact"`` or a function
+            (`from_strings`).
+        stop: Texts that end a completion where no task judges.
+        max_new_tokens: Tokens generated at most where no task judges; None: as many as the answers need.
     """
 
     memorized: tuple[Item, ...]
@@ -42,6 +48,9 @@ class PromptPairs:
     n_flipped: int
     n_items_by_task: Mapping[str, int] = field(default_factory=dict)
     prepend_bos: bool | None = None
+    match: Match = "prefix"
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.memorized)
@@ -63,6 +72,9 @@ class PromptPairs:
         prepend_bos: bool | None = None,
         shares: tuple[float, float] = (0.4, 0.2),
         seed: int = 0,
+        match: Match = "prefix",
+        stop: str | Sequence[str] = (),
+        max_new_tokens: int | None = None,
     ) -> "PromptPairs":
         """Pairs from a user's own prompts: pair p is ``memorized[p]`` beside ``generalized[p]``.
 
@@ -70,7 +82,9 @@ class PromptPairs:
             memorized: Prompts on which the model recalls.
             generalized: Prompts on which it computes, one for each of the others.
             rule_answers: What computing gives, one a pair. Without them, steering is judged against what the
-                unsteered model itself says on the paired prompt.
+                unsteered model itself says on the paired prompt: under ``match="prefix"`` its first line up to
+                ``stop``, else all of it up to ``stop``. Where a model goes on after its answer, ``stop=["."]`` leaves
+                the answer alone.
             memorized_answers: What recalling gives, one a pair; likewise optional.
             items: Which item each pair belongs to, as whole numbers or names; pairs of one item never part. Default:
                 each pair its own. Pairs that share a prompt on either side are of one item whatever is said here: else
@@ -80,10 +94,20 @@ class PromptPairs:
                 tokenizer does.
             shares: Shares of items in ``select`` and ``tune``; the rest is ``test``.
             seed: Seed of the split.
+            match: When an output gives an answer. ``"prefix"``: white space at the ends stripped, it begins with the
+                answer and then ends, or goes on with something other than a letter or digit; of two answers that it
+                gives, the longer counts. ``"exact"``: it equals the answer to the letter. Or a function
+                ``(item, output) -> bool``, called once for each answer of the pair, with an item that names this
+                answer alone as ``item.answer``: ``lambda item, output: item.answer.lower() in output.lower()``. An
+                output that a function finds to give both answers shows neither behaviour.
+            stop: Texts that end a completion: it is cut before the first of them.
+            max_new_tokens: Tokens generated at most. Default: what the longest answer needs, 16 where an answer is
+                what the model says or where ``match`` is a function.
 
         Raises:
-            PairsError: The lists are empty, of unequal length, or hold something other than text; or the shares leave
-                no pairs to test on.
+            PairsError: The lists are empty, of unequal length, or hold something other than text; the shares leave no
+                pairs to test on; both answers of a pair are the same; ``match``, ``stop`` or ``max_new_tokens`` is
+                none of the above.
         """
         lists = {
             "memorized": memorized,
@@ -122,6 +146,8 @@ class PromptPairs:
         keys = same_prompts(named, memorized, generalized)
         rule = rule_answers if rule_answers is not None else [None] * len(memorized)
         recall = memorized_answers if memorized_answers is not None else [None] * len(memorized)
+        stops = as_stops(stop, call=call)
+        _check_judging(rule, recall, match, max_new_tokens, call=call)
         rows = list(zip(keys, memorized, generalized, rule, recall, strict=True))
         return cls(
             memorized=tuple(Item(key, "user", prompt, r, m) for key, prompt, _, r, m in rows),
@@ -130,7 +156,38 @@ class PromptPairs:
             n_items=len(set(keys)),
             n_flipped=len(set(keys)),
             prepend_bos=prepend_bos,
+            match=match,
+            stop=stops,
+            max_new_tokens=max_new_tokens,
         )
+
+    @classmethod
+    def from_chats(
+        cls,
+        memorized: Sequence[Sequence[Mapping[str, Any]]],
+        generalized: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tokenizer: Any,
+        **others: Any,
+    ) -> "PromptPairs":
+        """Pairs from a user's own chats, as the tokenizer's chat template writes them.
+
+        Args:
+            memorized: Chats on which the model recalls, e.g. ``[[{"role": "user", "content": "Who wrote Emma?"}]]``.
+                The prompt ends where the assistant's turn opens; where the last message is the assistant's, the model
+                goes on with it.
+            generalized: Chats on which it computes, one for each of the others.
+            tokenizer: A tokenizer with a chat template, or the model that has it.
+            others: All further arguments of `from_strings`.
+
+        Raises:
+            ModelError: There is no tokenizer with a chat template.
+            PairsError: A chat is no list of messages, the template refuses it, or what `from_strings` refuses.
+        """
+        call = "PromptPairs.from_chats"
+        sides = {"memorized": memorized, "generalized": generalized}
+        prompts = {name: render_chats(chats, tokenizer, name=name, call=call) for name, chats in sides.items()}
+        return cls.from_strings(**prompts, **others)
 
     def of(self, split: PairSplit) -> Int[np.ndarray, " index"]:
         """Indices of the pairs of one split.
@@ -149,12 +206,15 @@ class PromptPairs:
             PairsError: ``n`` is below ``at_least``.
         """
         if n < at_least:
+            # Whether a user's own prompts flip is not known here, and nothing was trained.
+            own = all(item.split == "user" for item in self.memorized) and len(self) > 0
+            flips = "" if own else f"{self.n_flipped} of {self.n_items} items flip, "
+            train = "Train longer or with more memorized items so that more prompts flip when rephrased, "
             raise PairsError(
                 call,
                 expected=f"at least {at_least} pair{'s' if at_least > 1 else ''}",
-                received=f"{n} ({self.n_flipped} of {self.n_items} items flip, {len(self)} pairs in all)",
-                fix="Train longer or with more memorized items so that more prompts flip when rephrased, "
-                "give more pairs, or give this split a larger share of the items.",
+                received=f"{n} ({flips}{len(self)} pairs in all)",
+                fix=f"{'Give' if own else f'{train}give'} more pairs, or give this split a larger share of the items.",
             )
 
     def take(self, index: Int[np.ndarray, " index"]) -> "PromptPairs":
@@ -233,6 +293,34 @@ def _item_keys(items: Sequence[Any], call: str) -> list[int | str]:
             fix="Name the item of each pair: items=[0, 0, 1, ...].",
         )
     return keys
+
+
+def _check_judging(
+    rule: Sequence[str | None], recall: Sequence[str | None], match: Any, max_new_tokens: Any, *, call: str
+) -> None:
+    """Refuse a ``match`` that is none, no room for an answer, and pairs whose two answers no output can tell apart."""
+    if not callable(match) and match not in ("prefix", "exact"):
+        raise PairsError(
+            call,
+            expected='match of "prefix", "exact" or a function (item, output) -> bool',
+            received=repr(match)[:80],
+            fix=suggest(str(match), ("prefix", "exact")),
+        )
+    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
+        raise PairsError(
+            call,
+            expected="max_new_tokens of at least 1, or None",
+            received=repr(max_new_tokens)[:80],
+            fix="Give the number of tokens that the longest answer needs.",
+        )
+    for place, (r, m) in enumerate(zip(rule, recall, strict=True)):
+        if r is not None and m is not None and shown(r, match) == shown(m, match):
+            raise PairsError(
+                call,
+                expected="two answers a pair that differ",
+                received=f"{r!r:.60} and {m!r:.60} as rule_answers[{place}] and memorized_answers[{place}]",
+                fix="Drop such pairs: no output tells whether the model recalls or computes.",
+            )
 
 
 def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) -> Shaped[np.ndarray, " pair"]:

@@ -1,6 +1,7 @@
 """Pairs of prompts: made of a user's strings, dealt to splits by item."""
 
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_of_gives_the_indices_of_a_split_and_together_they_are_all():
 
 
 def test_a_split_of_fewer_than_eight_pairs_says_how_many_flips_there_were_and_what_to_change():
-    pairs = PromptPairs(*[pairs_of(35).memorized] * 2, split=pairs_of(35).split, n_items=300, n_flipped=33)
+    found = tuple(replace(item, split="memorized") for item in pairs_of(35).memorized)
+    pairs = PromptPairs(found, found, split=pairs_of(35).split, n_items=300, n_flipped=33)
     assert len(pairs.of("select")) == 14
     message = (
         r"pairs of split 'tune': expected at least 8 pairs; "
@@ -166,3 +168,23 @@ def test_rows_are_flat_and_plain():
         }
     ]
     assert type(pairs.rows()[0]["split"]) is str
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"match": "prefx"}, 'match of "prefix", "exact" or a function .* Did you mean prefix'),
+        ({"stop": [""]}, "stop of strings with at least one character"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, or None; received 0"),
+        ({"rule_answers": ["a", "b "], "memorized_answers": ["b", " b"]}, r"'b ' and ' b' as rule_answers\[1\]"),
+    ],
+)
+def test_judging_that_cannot_be_is_refused(arguments, message):
+    from_strings = inspect.unwrap(PromptPairs.from_strings.__func__)
+    with pytest.raises(PairsError, match=message):
+        from_strings(PromptPairs, ["a", "b"], ["c", "d"], **arguments)
+
+
+def test_how_to_judge_goes_with_the_pairs_that_are_taken():
+    pairs = pairs_of(10, match="exact", stop="\n", max_new_tokens=3).take(np.arange(3))
+    assert (pairs.match, pairs.stop, pairs.max_new_tokens) == ("exact", ("\n",), 3)

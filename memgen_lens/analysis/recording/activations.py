@@ -12,6 +12,7 @@ import numpy as np
 
 from memgen_lens.analysis.recording.finite import EMBEDDING, SIDES
 from memgen_lens.analysis.recording.reading import recorded_blocks
+from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
@@ -58,6 +59,14 @@ def record(
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
         RunDirectoryError: ``out`` cannot be written.
     """
+    if out is not None and callable(pairs.match):
+        raise PairsError(
+            "record(out=...)",
+            expected='pairs with match="prefix" or "exact", which a file can hold',
+            received="a function as match",
+            fix='Record dataclasses.replace(pairs, match="prefix"); activations are the same whatever the match. '
+            "Hand the pairs with the function to sweep_steering and evaluate_steering.",
+        )
     blocks = recorded_blocks(model, pairs, sites, batch_size=batch_size, progress=progress, call="record")
     first = next(blocks)
     shapes = {name: (len(pairs), *values.shape[2:]) for name, values in first.sides.items()}
@@ -103,6 +112,9 @@ def load_activations(directory: str | Path) -> Activations:
             n_flipped=manifest["n_flipped"],
             n_items_by_task=manifest["n_items_by_task"],
             prepend_bos=manifest.get("prepend_bos"),
+            match=manifest["match"],
+            stop=tuple(manifest["stop"]),
+            max_new_tokens=manifest["max_new_tokens"],
         )
         sites = {name: SiteActivations(**map_shard(directory / f"{name}.safetensors")) for name in manifest["sites"]}
         embedding = SiteActivations(**map_shard(directory / f"{EMBEDDING}.safetensors"))

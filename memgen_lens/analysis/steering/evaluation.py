@@ -148,7 +148,7 @@ def _rates(
             {
                 "prompt": item.prompt,
                 "before": str(getattr(item, before)),
-                "after": output,
+                "after": judge.said(output),
                 "behavior": str(behavior),
             }
             for item, output, behavior in list(zip(items, outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]

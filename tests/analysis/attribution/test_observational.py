@@ -377,18 +377,18 @@ def test_a_site_that_was_not_recorded_is_refused_with_the_way_to_record_it(known
         mg.attribute(known.acts, "resid_pre")
 
 
-def test_too_few_pairs_in_a_split_say_how_many_flips_there_were_and_what_to_change():
+def test_too_few_of_a_users_pairs_in_a_split_say_how_many_there_are_and_what_to_change():
     mem, gen = noise(np.random.default_rng(0), n_pairs=15)
     with pytest.raises(
         PairsError,
-        match=r"split 'select': expected at least 8 pairs; received 6 \(15 of 15 items flip, 15 pairs in all\)\. "
-        r"Train longer or with more memorized items .* larger share",
+        match=r"split 'select': expected at least 8 pairs; received 6 \(15 pairs in all\)\. "
+        r"Give more pairs, .* larger share",
     ):
         mg.attribute(activations(mem, gen), "post")
 
 
 def test_too_few_pairs_in_all_are_refused():
     mem, gen = noise(np.random.default_rng(0), n_pairs=7)
-    with pytest.raises(PairsError, match=r"attribute: expected at least 8 pairs; received 7 \(7 of 7 items flip"):
+    with pytest.raises(PairsError, match=r"attribute: expected at least 8 pairs; received 7 \(7 pairs in all"):
         mg.attribute(activations(mem, gen), "post", split=None)
     assert mg.attribute(activations(*noise(np.random.default_rng(0), n_pairs=8)), "post", split=None).n_pairs == 8

@@ -207,7 +207,10 @@ def test_answers_given_leave_as_many_tokens_as_the_longest_needs_with_its_end():
     pairs = mg.PromptPairs.from_strings(
         memorized=["abM="], generalized=["abG="], rule_answers=["abc"], memorized_answers=["m"]
     )
-    assert Judge.of(model, None, pairs, batch_size=1).max_new_tokens == 4
+    # "abc" and what follows it; two more where white space before the answer does not count.
+    for match, n in (("exact", 4), ("prefix", 6), (lambda item, output: item.answer in output, 16)):
+        assert Judge.of(model, None, replace(pairs, match=match), batch_size=1).max_new_tokens == n
+    assert Judge.of(model, None, replace(pairs, max_new_tokens=3), batch_size=1).max_new_tokens == 3
 
 
 # Controls
@@ -379,7 +382,7 @@ def test_fewer_than_twenty_draws_of_a_control_are_refused(known, one_neuron):
 
 def test_fewer_than_eight_test_pairs_are_refused(known, one_neuron):
     few = known.pairs.take(np.arange(12))
-    with pytest.raises(PairsError, match=r"split 'test': expected at least 8 pairs; received \d \(60 of 60 items flip"):
+    with pytest.raises(PairsError, match=r"split 'test': expected at least 8 pairs; received \d \(12 pairs in all"):
         mg.evaluate_steering(known.model, None, few, one_neuron["shift"])
 
 
