@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from memgen_lens.core.errors import SiteError, suggest
-from memgen_lens.core.files import damaged, read_arrays, write_arrays
+from memgen_lens.core.files import damaged, read_arrays, user_path, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
@@ -129,7 +129,7 @@ class NeuronScores:
 
     def save(self, directory: str | Path) -> Path:
         """Write ``SITE.safetensors`` into a directory and return its path."""
-        path = Path(directory) / f"{self.site}.safetensors"
+        path = user_path(directory, call="NeuronScores.save") / f"{self.site}.safetensors"
         arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
         write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs])})
         return path
@@ -141,12 +141,13 @@ class NeuronScores:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        arrays = read_arrays(Path(path))
+        path = user_path(path, call="NeuronScores.load")
+        arrays = read_arrays(path)
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs"}
         if set(arrays) != wanted or arrays["n_pairs"].shape != (1,):
-            raise damaged(Path(path), f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
+            raise damaged(path, f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
         n_pairs = int(arrays.pop("n_pairs")[0])
-        return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, **arrays)
+        return cls(site=path.name.removesuffix(".safetensors"), n_pairs=n_pairs, **arrays)
 
 
 @dataclass(frozen=True)

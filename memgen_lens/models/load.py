@@ -6,7 +6,9 @@ Does not know how they were trained.
 from pathlib import Path
 from typing import Any
 
-from memgen_lens.core.files import damaged, missing, read_json
+import torch
+
+from memgen_lens.core.files import damaged, missing, read_json, user_path
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 from memgen_lens.models.build import hooked_transformer, own_random_state, require_device
@@ -30,7 +32,7 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    directory = Path(directory)
+    directory = user_path(directory, call="load_model")
     require_device(device, call="load_model")
     config = read_json(directory / "config.json")
     weights = load_tensors(directory / "model.safetensors")
@@ -39,12 +41,26 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
             raise missing(directory / name)
     try:
         with own_random_state():
-            cfg = HookedTransformerConfig.from_dict(config | {"device": device, "init_weights": False})
+            changed = {"device": device, "init_weights": False, "dtype": _dtype(config.get("dtype", "torch.float32"))}
+            cfg = HookedTransformerConfig.from_dict(config | changed)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
             model = hooked_transformer(cfg, tokenizer)
+            assert model.tokenizer is not None
+            model.tokenizer.padding_side = tokenizer.padding_side
+            # A weight may be of another precision than the config says: model.half() changes the weights alone.
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(weights[name].dtype)
             model.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise damaged(directory, f"config, weights and tokenizer that do not fit together ({cause})") from None
     model.cfg.init_weights = config.get("init_weights", True)
     return model.eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    """The torch.dtype of a config: ``"torch.float16"``."""
+    dtype = getattr(torch, str(name).removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype {name!r} is none of torch's")
+    return dtype
