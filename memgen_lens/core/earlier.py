@@ -58,6 +58,8 @@ def _looks_ours(path: Path) -> bool:
     if name in ROW_KEYS:
         # A killed run may have left a last line that was cut.
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        if not any(lines):  # nothing in it tells whose it is: the run does
+            return _is_settings(path.parent / "checkpoints" / "settings.json")
         return all(_holds(json.loads(line), ROW_KEYS[name]) for line in lines)
     if name == "report.html":
         return _ends_with(path, REPORT)

@@ -148,13 +148,17 @@ def read_ledger(folder: Path) -> dict[str, list[str | None]]:
 
 
 def _note(path: Path, content: str | None) -> None:
-    """Add a line to the ledger beside ``path``, on disk when this returns."""
+    """Add a line to the ledger (begun if there is none) beside ``path``, on disk when this returns."""
     # One short write at the end of the file: processes that note at once do not mix their lines. The line begins with
     # a line break, so that one which was cut spoils no other.
-    line = "\n" + json.dumps({"name": path.name, "fingerprint": content})
+    entries = {path.name: content}
+    if not (path.parent / LEDGER).is_file():  # a folder of an earlier version: its files are noted with the first
+        old = [other for other in path.parent.iterdir() if other != path and is_ours(other)]
+        entries |= {other.name: fingerprint(other) for other in old}
+    lines = "".join("\n" + json.dumps({"name": name, "fingerprint": known}) for name, known in entries.items())
     file = os.open(path.parent / LEDGER, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        os.write(file, line.encode())
+        os.write(file, lines.encode())
         os.fsync(file)
     finally:
         os.close(file)

@@ -119,6 +119,9 @@ def alone_in(directory: Path, *, call: str) -> Iterator[None]:
         sweep(directory)
         yield
     finally:
+        if lock.lock_counter == 1:
+            with suppress(OSError):  # filelock looks whether the file that it has locked is still there
+                (directory / LOCK).unlink()
         lock.release()
         if made:
             with suppress(OSError):  # refused before anything was written: as if never made

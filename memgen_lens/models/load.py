@@ -41,7 +41,7 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
             raise missing(directory / name)
     try:
         with own_random_state():
-            changed = {"device": device, "init_weights": False, "dtype": _dtype(config.get("dtype", "torch.float32"))}
+            changed = {"device": device, "init_weights": False, "dtype": _dtype(config.get("dtype", "float32"))}
             cfg = HookedTransformerConfig.from_dict(config | changed)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
             model = hooked_transformer(cfg, tokenizer)
@@ -59,8 +59,8 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """The torch.dtype of a config: ``"torch.float16"``."""
-    dtype = getattr(torch, str(name).removeprefix("torch."))
+    """The torch.dtype of a config: ``"float16"``."""
+    dtype = getattr(torch, str(name))
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype {name!r} is none of torch's")
     return dtype

@@ -20,7 +20,7 @@ def save_model(model: Any, directory: str | Path) -> Path:
 
     All three load with plain TransformerLens and transformers:
     ``HookedTransformer(HookedTransformerConfig.from_dict(config))`` and ``load_state_dict``. The config of a model that
-    is not in float32 names its ``dtype`` ("torch.float16"), for which plain TransformerLens wants the torch.dtype.
+    is not in float32 names its ``dtype`` ("float16"), for which plain TransformerLens wants the torch.dtype.
 
     Raises:
         RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
@@ -28,7 +28,7 @@ def save_model(model: Any, directory: str | Path) -> Path:
     directory = user_path(directory, call="save_model")
     cfg = {name: value for name, value in model.cfg.to_dict().items() if _is_plain(value)}
     if model.cfg.dtype != torch.float32:
-        cfg["dtype"] = str(model.cfg.dtype)
+        cfg["dtype"] = str(model.cfg.dtype).removeprefix("torch.")
     tokenizer = _tokenizer_files(model)
     names = ["config.json", "model.safetensors", *tokenizer]
     try:
@@ -49,6 +49,7 @@ def _tokenizer_files(model: Any) -> dict[str, bytes]:
     tokenizer = deepcopy(model.tokenizer)
     if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:
         tokenizer.bos_token = None  # TransformerLens has set it; saved, it would be prepended on loading
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # transformers keeps only what it was made with
     with TemporaryDirectory() as elsewhere:
         tokenizer.save_pretrained(elsewhere)
         files = [path for path in Path(elsewhere).rglob("*") if path.is_file()]

@@ -57,10 +57,9 @@ def _prepare(directory: Path, task: Any, config: TrainConfig, *, resume: bool, f
         held = is_ours(directory / "history.jsonl") or any(
             holds_ours(folder) for folder in list_checkpoints(directory / "checkpoints")
         )
-        began = held or (directory / "history.jsonl").exists()
     except OSError as error:
         raise cannot_write(directory, error) from None
-    if began:
+    if held:
         if resume:
             if read_json(settings) != wanted:
                 raise RunDirectoryError(
