@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
@@ -28,7 +27,7 @@ class RunArguments:
 
     settings: Annotated[ExperimentConfig, tyro.conf.arg(name="")]
     """The preset's settings, each of which can be changed."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Run directory; made if it is not there."""
     device: str | None = None
     """Torch device to train on; short for --train.device."""
@@ -44,7 +43,7 @@ class RunArguments:
 class ReportArguments:
     """Write report.html of a run directory again, from its files alone."""
 
-    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run directory."""
 
 
@@ -59,6 +58,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 and one line for a user's error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a path
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except MemgenError as error:

@@ -39,7 +39,7 @@ from memgen_lens.core.metrics import (
 )
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
-from memgen_lens.core.run_directory import prepare, processor
+from memgen_lens.core.run_directory import prepared, processor
 from memgen_lens.models import build_model
 from memgen_lens.models.build import require_device
 from memgen_lens.models.sites import site_hooks
@@ -121,15 +121,29 @@ def run_experiment(
         say: Called with a line at the beginning of each stage.
 
     Raises:
-        RunDirectoryError: ``out`` holds a run already, or cannot be written.
+        RunDirectoryError: ``out`` holds a run already, or somebody else's file where one of the run's would be, is
+            being written by another process, or cannot be written.
         MemgenError: A setting is at odds with another.
     """
     started = time.perf_counter()
-    directory = Path(out)
     config = config.seeded()
     _require_possible(config)
-    prepare(directory, resume=resume, force=force)
+    sites = [*config.analysis.sites, config.analysis.probe_site]
+    with prepared(out, sites=sites, resume=resume, force=force) as directory:
+        return _run(config, directory, started, resume=resume, force=force, progress=progress, say=say)
 
+
+def _run(
+    config: ExperimentConfig,
+    directory: Path,
+    started: float,
+    *,
+    resume: bool,
+    force: bool,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Experiment:
+    """All stages, in a directory that is this run's alone."""
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
     training = train(config.task, config.train, out=directory, resume=resume, force=force, progress=progress)
     model, task, analysis = training.model, config.task, config.analysis

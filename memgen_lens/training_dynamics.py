@@ -27,7 +27,7 @@ from memgen_lens.behavior import observe
 from memgen_lens.core.config import AnalysisConfig, ModelConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
-from memgen_lens.core.files import read_json
+from memgen_lens.core.files import read_json, user_path
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, SteeringSetting
@@ -128,7 +128,7 @@ def _directory(run: TrainingRun | str | Path) -> Path:
             received="one that was kept in memory",
             fix="Train with train(task, config, out='runs/a').",
         )
-    return Path(run.out if isinstance(run, TrainingRun) and run.out is not None else str(run))
+    return user_path(run.out if isinstance(run, TrainingRun) else run, call="dynamics(run)")
 
 
 def _require_shift(setting: SteeringSetting | None, site: str) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and what it does not import."""
 
+import os
 import subprocess
 import sys
 import time
@@ -144,3 +145,36 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(capsys
     error = refused(capsys, "run", "quickstart", "--out", str(tmp_path / "run"), "--device", "abacus")
     assert "'abacus'" in error and "cpu" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_out_is_refused_and_home_is_expanded(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "expected a path; received ''" in refused(capsys, "run", "quickstart", "--out", "")
+    assert "expected a path; received ''" in refused(capsys, "report", "")
+    assert list(tmp_path.iterdir()) == []
+    assert f"reading {tmp_path / 'nowhere' / 'metrics.json'}" in refused(capsys, "report", "~/nowhere")
+
+
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "PYTHONIOENCODING": "latin-1"}])
+def test_a_console_without_a_paths_letters_shows_their_numbers(tmp_path, settings):
+    code = "import sys\nfrom memgen_lens.cli import main\nmain(['report', sys.argv[1]])\n"
+    printing = "from memgen_lens import cli\ncli._list_presets = lambda: print('猫')\ncli.main(['presets'])\n"
+    for script in (code, printing):
+        ran = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "猫")],
+            capture_output=True,
+            text=True,
+            env=os.environ | settings,
+            check=False,
+        )
+        assert "Traceback" not in ran.stderr
+        assert r"\u732b" in ran.stdout + ran.stderr
+
+
+def test_a_directory_that_holds_the_users_own_file_is_told_in_one_line(capsys, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    for flags in ([], ["--force"], ["--resume"]):
+        error = refused(capsys, "run", "quickstart", "--out", str(tmp_path), *flags)
+        assert f"{tmp_path / 'report.html'}, which it did not write" in error and "Move or rename that file" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

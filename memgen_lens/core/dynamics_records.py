@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import damaged, read_json, user_path, with_nulls, write_json
 from memgen_lens.core.records import ProbeScores, SteeringSetting
 
 FILE = "dynamics.json"
@@ -163,7 +163,7 @@ class Dynamics:
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = Path(directory) / FILE
+        path = user_path(directory, call="Dynamics.save") / FILE
         write_json(path, with_nulls(self))
         return path
 
@@ -174,7 +174,7 @@ class Dynamics:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        path = Path(path)
+        path = user_path(path, call="Dynamics.load")
         path = path / FILE if path.is_dir() else path
         value = read_json(path)
         try:

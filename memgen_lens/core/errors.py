@@ -5,6 +5,7 @@ Does not cover our own invariants: those are plain ``assert``.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MemgenError(ValueError):
@@ -20,6 +21,10 @@ class MemgenError(ValueError):
     def __init__(self, call: str, *, expected: str, received: str, fix: str) -> None:
         self.call, self.expected, self.received, self.fix = call, expected, received, fix
         super().__init__(f"{call}: expected {expected}; received {received}. {fix}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied by its parts: by default the message alone would be handed to ``__init__``."""
+        return _made_again, (type(self), self.call, self.expected, self.received, self.fix), self.__dict__
 
 
 class SettingsError(MemgenError):
@@ -44,6 +49,13 @@ class PairsError(MemgenError):
 
 class RunDirectoryError(MemgenError):
     """A run directory holds something already, is damaged, or cannot be written."""
+
+
+def _made_again(kind: type[MemgenError], call: str, expected: str, received: str, fix: str) -> MemgenError:
+    """An error of any kind, whatever its own ``__init__`` takes; its further fields follow."""
+    error = kind.__new__(kind)
+    MemgenError.__init__(error, call, expected=expected, received=received, fix=fix)
+    return error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,27 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.ownership import replacing
+
+
+def user_path(path: Any, *, call: str) -> Path:
+    """A path that a user has given, with ``~`` expanded.
+
+    Raises:
+        RunDirectoryError: It is empty, names a home that is not there, or is no path.
+    """
+    fix = "Name a file or folder, e.g. 'runs/a'; '.' is the present one."
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise RunDirectoryError(call, expected="a path as text or Path", received=repr(path), fix=fix)
+    text = os.fspath(path)
+    if not text.strip() or "\0" in text:
+        raise RunDirectoryError(call, expected="a path", received=repr(text), fix=fix)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise RunDirectoryError(
+            call, expected="a path below a home that is there", received=f"{text!r} ({error})", fix=fix
+        ) from None
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -54,16 +75,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it into place.
 
     Raises:
-        RunDirectoryError: The file cannot be written.
+        RunDirectoryError: The file cannot be written, or is not ours to overwrite.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    # A path on a disk may hold bytes that are no text; JSON reads them back as they were.
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for bytes."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -80,11 +104,9 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write named arrays as safetensors, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from None
 
@@ -171,7 +193,8 @@ def damaged(path: Path, what: str) -> RunDirectoryError:
         f"reading {path}",
         expected="a whole file of a memgen_lens run",
         received=what,
-        fix="The file is damaged: restore it, or make the run again with --force (memgen-lens) or force=True.",
+        fix="The file is damaged: restore it, or make the run again with --force (memgen-lens) or "
+        "force=True once it is removed.",
     )
 
 

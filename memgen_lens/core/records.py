@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from memgen_lens.core.errors import SiteError, suggest
-from memgen_lens.core.files import damaged, read_arrays, write_arrays
+from memgen_lens.core.files import damaged, read_arrays, user_path, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
@@ -131,7 +131,7 @@ class NeuronScores:
 
     def save(self, directory: str | Path) -> Path:
         """Write ``SITE.safetensors`` into a directory and return its path."""
-        path = Path(directory) / f"{self.site}.safetensors"
+        path = user_path(directory, call="NeuronScores.save") / f"{self.site}.safetensors"
         arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
         write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])})
         return path
@@ -143,12 +143,13 @@ class NeuronScores:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        arrays = read_arrays(Path(path))
+        path = user_path(path, call="NeuronScores.load")
+        arrays = read_arrays(path)
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
         if set(arrays) != wanted or any(arrays[name].shape != (1,) for name in ("n_pairs", "n_items")):
-            raise damaged(Path(path), f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
+            raise damaged(path, f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
         n_pairs, n_items = (int(arrays.pop(name)[0]) for name in ("n_pairs", "n_items"))
-        return cls(site=Path(path).name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays)
+        return cls(site=path.name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays)
 
 
 @dataclass(frozen=True)

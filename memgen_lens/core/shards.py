@@ -6,13 +6,14 @@ Does not know what is in the arrays.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from memgen_lens.core.files import cannot_write, damaged, missing
+from memgen_lens.core.ownership import replacing
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def new_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dic
         The arrays, mapped into memory.
 
     Raises:
-        RunDirectoryError: The file cannot be written.
+        RunDirectoryError: The file cannot be written, or is not ours to overwrite.
     """
     header, offset = {}, 0
     for name, shape in shapes.items():
@@ -38,27 +39,22 @@ def new_shard(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dic
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            _reserve(file.fileno(), 8 + len(text) + offset)
-        start = 8 + len(text)
-        arrays = {
-            name: np.memmap(temporary, np.float32, "r+", start + header[name]["data_offsets"][0], shape)
-            for name, shape in shapes.items()
-        }
-        yield arrays
-        for array in arrays.values():
-            array.flush()
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.flush()
+                _reserve(file.fileno(), 8 + len(text) + offset)
+            start = 8 + len(text)
+            arrays = {
+                name: np.memmap(temporary, np.float32, "r+", start + header[name]["data_offsets"][0], shape)
+                for name, shape in shapes.items()
+            }
+            yield arrays
+            for array in arrays.values():
+                array.flush()
     except OSError as error:
         raise cannot_write(path, error) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def map_shard(path: Path) -> dict[str, np.memmap]:

@@ -6,7 +6,9 @@ Does not know how they were trained.
 from pathlib import Path
 from typing import Any
 
-from memgen_lens.core.files import damaged, missing, read_json
+import torch
+
+from memgen_lens.core.files import damaged, missing, read_json, user_path
 from memgen_lens.models.build import model_like, require_device
 from memgen_lens.models.native import set_state
 from memgen_lens.models.tensors import load_tensors
@@ -27,7 +29,7 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    directory = Path(directory)
+    directory = user_path(directory, call="load_model")
     require_device(device, call="load_model")
     config = read_json(directory / "config.json")
     weights = load_tensors(directory / "model.safetensors")
@@ -36,9 +38,23 @@ def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
             raise missing(directory / name)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-        model = model_like(config, tokenizer, device=device)
+        model = model_like(config | {"dtype": _dtype(config.get("dtype", "float32"))}, tokenizer, device=device)
+        assert model.tokenizer is not None
+        model.tokenizer.padding_side = tokenizer.padding_side
+        # A weight may be of another precision than the config says: model.half() changes the weights alone.
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.data = parameter.data.to(weights[name].dtype)
         set_state(model, weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise damaged(directory, f"config, weights and tokenizer that do not fit together ({cause})") from None
     return model.eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    """The torch.dtype of a config: ``"float16"``."""
+    dtype = getattr(torch, str(name))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype {name!r} is none of torch's")
+    return dtype

@@ -5,9 +5,13 @@ Does not know how it was trained.
 
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from memgen_lens.core.files import write_json
+import torch
+
+from memgen_lens.core.files import cannot_write, user_path, write_bytes, write_json
+from memgen_lens.core.ownership import require_ours
 from memgen_lens.models.native import config_of, state_of
 from memgen_lens.models.tensors import save_tensors
 
@@ -16,21 +20,41 @@ def save_model(model: Any, directory: str | Path) -> Path:
     """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a directory.
 
     All three load with plain TransformerLens and transformers:
-    ``HookedTransformer(HookedTransformerConfig.from_dict(config))`` and ``load_state_dict``.
+    ``HookedTransformer(HookedTransformerConfig.from_dict(config))`` and ``load_state_dict``. The config of a model that
+    is not in float32 names its ``dtype`` ("float16"), for which plain TransformerLens wants the torch.dtype.
 
     Raises:
-        RunDirectoryError: The directory cannot be written.
+        RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
     """
-    directory = Path(directory)
+    directory = user_path(directory, call="save_model")
     cfg = {name: value for name, value in config_of(model).items() if _is_plain(value)}
+    if model.cfg.dtype != torch.float32:
+        cfg["dtype"] = str(model.cfg.dtype).removeprefix("torch.")
+    tokenizer = _tokenizer_files(model)
+    names = ["config.json", "model.safetensors", *tokenizer]
+    try:
+        require_ours([directory / name for name in names], call=f"save_model(directory={str(directory)!r})")
+    except OSError as error:
+        raise cannot_write(directory, error) from None
     write_json(directory / "config.json", cfg)
     save_tensors(state_of(model), directory / "model.safetensors")
-    if model.tokenizer is not None:
-        tokenizer = deepcopy(model.tokenizer)
-        if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:
-            tokenizer.bos_token = None  # TransformerLens has set it; saved, it would be prepended on loading
-        tokenizer.save_pretrained(str(directory))
+    for name, content in tokenizer.items():
+        write_bytes(directory / name, content)
     return directory
+
+
+def _tokenizer_files(model: Any) -> dict[str, bytes]:
+    """By name, the files that transformers writes of the model's tokenizer; it writes them over whatever is there."""
+    if model.tokenizer is None:
+        return {}
+    tokenizer = deepcopy(model.tokenizer)
+    if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:
+        tokenizer.bos_token = None  # TransformerLens has set it; saved, it would be prepended on loading
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # transformers keeps only what it was made with
+    with TemporaryDirectory() as elsewhere:
+        tokenizer.save_pretrained(elsewhere)
+        files = [path for path in Path(elsewhere).rglob("*") if path.is_file()]
+        return {str(path.relative_to(elsewhere)): path.read_bytes() for path in sorted(files)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -11,15 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import damaged, missing
+from memgen_lens.core.ownership import replacing
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write named tensors as safetensors, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(
             f"writing {path}",

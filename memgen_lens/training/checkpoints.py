@@ -4,9 +4,10 @@ A checkpoint is a folder ``step-000500`` with ``weights.safetensors``, ``optimiz
 it is written under a temporary name and then renamed. Does not know what training does with it.
 """
 
+import os
 import re
-import shutil
 import warnings
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import cannot_write, read_json, write_json
+from memgen_lens.core.ownership import all_ours, remove_ours
 from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import load_tensors, save_tensors
 
@@ -40,7 +42,7 @@ def save_checkpoint(
     final = directory / f"step-{step:06d}"
     temporary = directory / f".{final.name}.part"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _make_room(temporary)
         temporary.mkdir(parents=True)
         save_tensors(state_of(model), temporary / "weights.safetensors")
         tensors = {
@@ -50,8 +52,7 @@ def save_checkpoint(
         }
         save_tensors(tensors | _random_state(), temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", state | {"step": step})
-        if final.exists():
-            shutil.rmtree(final)
+        _make_room(final)
         temporary.rename(final)
     except OSError as error:
         raise cannot_write(final, error) from None
@@ -93,6 +94,15 @@ def list_checkpoints(directory: Path) -> list[Path]:
         return []
     folders = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _make_room(folder: Path) -> None:
+    """Remove a checkpoint of ours; one that is damaged, or holds somebody else's file, gets another name instead."""
+    if folder.is_dir() and all_ours(folder):
+        remove_ours(folder.parent, [folder.name])
+    if os.path.lexists(folder):
+        names = (folder.with_name(f"{folder.name}.kept-{number}") for number in count(1))
+        folder.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

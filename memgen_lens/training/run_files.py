@@ -4,20 +4,28 @@ Does not train.
 """
 
 import json
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from memgen_lens.core.config import TrainConfig
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import cannot_write, damaged, read_json, read_text, to_json, write_json
+from memgen_lens.core.files import cannot_write, damaged, read_json, read_text, user_path, write_json, write_jsonl
+from memgen_lens.core.ownership import holds_ours, is_ours, remove_ours, require_ours
 from memgen_lens.core.records import Evaluation
+from memgen_lens.core.run_directory import TRAINED_FILES, alone_in
 from memgen_lens.training.checkpoints import list_checkpoints
 
+TRAINED = ("checkpoints", "model", "history.jsonl")
+"""What training begins anew."""
 
-def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool) -> Path | None:
-    """Check that ``out`` may be written to, clear it if ``force``, and write down what is trained."""
+
+@contextmanager
+def prepared(
+    task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool
+) -> Iterator[Path | None]:
+    """The run's directory, held for this process alone, cleared if ``force``, with what is trained written down."""
     if out is None:
         if resume:
             raise SettingsError(
@@ -26,14 +34,32 @@ def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: b
                 received="no directory",
                 fix="Name the run's directory.",
             )
-        return None
-    directory = Path(out)
+        yield None
+        return
+    directory = user_path(out, call="train(out=...)")
+    with alone_in(directory, call=f"train(out={str(directory)!r})"):
+        _prepare(directory, task, config, resume=resume, force=force)
+        yield directory
+
+
+def _prepare(directory: Path, task: Any, config: TrainConfig, *, resume: bool, force: bool) -> None:
+    """Check everything, then clear, then write ``settings.json``."""
+    call = f"train(out={str(directory)!r})"
     wanted = {
         "task": task.settings(),
         "train": config.model_dump(mode="json"),
     }
     settings = directory / "checkpoints" / "settings.json"
-    if (directory / "history.jsonl").exists() or list_checkpoints(directory / "checkpoints"):
+    written = [directory / name for name in TRAINED_FILES]
+    try:
+        if not resume:
+            require_ours(written, call=call)
+        held = is_ours(directory / "history.jsonl") or any(
+            holds_ours(folder) for folder in list_checkpoints(directory / "checkpoints")
+        )
+    except OSError as error:
+        raise cannot_write(directory, error) from None
+    if held:
         if resume:
             if read_json(settings) != wanted:
                 raise RunDirectoryError(
@@ -44,15 +70,20 @@ def prepare(task: Any, config: TrainConfig, out: str | Path | None, *, resume: b
                 )
         elif not force:
             raise RunDirectoryError(
-                f"train(out={str(directory)!r})",
+                call,
                 expected="a directory without a run",
                 received="one that holds a run already",
                 fix="Choose another, or resume=True (--resume) to go on, or force=True (--force) to begin anew.",
             )
-    if not resume:
-        _clear(directory)
+    try:
+        if resume:
+            read_history(directory)  # a damaged one is told as such
+            require_ours(written, call=call)
+        else:
+            remove_ours(directory, TRAINED)
+    except OSError as error:
+        raise cannot_write(directory, error) from None
     write_json(settings, wanted)
-    return directory
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -63,17 +94,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         if old.get(part, {}).get(name) != new[part].get(name)
     ]
     return "; ".join(changed[:3])
-
-
-def _clear(directory: Path) -> None:
-    """Remove a former training's files, and nothing else."""
-    try:
-        for name in ("checkpoints", "model"):
-            if (directory / name).exists():
-                shutil.rmtree(directory / name)
-        (directory / "history.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(directory, error) from None
 
 
 def read_history(directory: Path | None) -> list[Evaluation]:
@@ -89,15 +109,9 @@ def read_history(directory: Path | None) -> list[Evaluation]:
 
 
 def append_history(directory: Path, row: Evaluation) -> None:
-    """Add one line to ``history.jsonl``, on disk when this returns.
+    """Add one line to ``history.jsonl``, whole or not at all.
 
     Raises:
-        RunDirectoryError: The file cannot be written.
+        RunDirectoryError: The file cannot be written, or somebody has changed it.
     """
-    try:
-        with (directory / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(directory / "history.jsonl", error) from None
+    write_jsonl(directory / "history.jsonl", [*read_history(directory), row])

@@ -28,7 +28,7 @@ from memgen_lens.models.save import save_model
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.checkpoints import load_newest, save_checkpoint
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
-from memgen_lens.training.run_files import append_history, prepare, read_history
+from memgen_lens.training.run_files import append_history, prepared, read_history
 
 SPARE_POSITIONS = 8
 """Positions of the context beyond the longest training sequence."""
@@ -81,7 +81,8 @@ def train(
 
     Raises:
         RunDirectoryError: ``out`` holds a run already (and neither ``resume`` nor ``force``), holds one with other
-            settings (``resume``), or cannot be written.
+            settings (``resume``), holds somebody else's file where one of the run's would be, is being written by
+            another process, or cannot be written.
         ModelError: The loss is not finite, or the device is not there.
         SettingsError: ``resume`` without ``out``.
     """
@@ -101,15 +102,15 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    directory = prepare(task, config, out, resume=resume, force=force)
-    with _own_random_state(config.seed), freed_memory_kept():
-        state = None
-        if resume and directory is not None:
-            state = load_newest(directory / "checkpoints", model, optimizer, device=config.device)
-        history, stop_reason = _loop(task, config, model, optimizer, directory, state, progress=progress)
-    model.eval()
-    if directory is not None:
-        save_model(model, directory / "model")
+    with prepared(task, config, out, resume=resume, force=force) as directory:
+        with _own_random_state(config.seed), freed_memory_kept():
+            state = None
+            if resume and directory is not None:
+                state = load_newest(directory / "checkpoints", model, optimizer, device=config.device)
+            history, stop_reason = _loop(task, config, model, optimizer, directory, state, progress=progress)
+        model.eval()
+        if directory is not None:
+            save_model(model, directory / "model")
     return TrainingRun(model, task, config, tuple(history), stop_reason, directory)
 
 

@@ -13,7 +13,7 @@ from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import FILE as DYNAMICS
 from memgen_lens.core.dynamics_records import Dynamics
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
-from memgen_lens.core.files import damaged, missing, read_json, read_jsonl
+from memgen_lens.core.files import damaged, missing, read_json, read_jsonl, user_path
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.metrics import SCHEMA
 from memgen_lens.core.records import (
@@ -81,7 +81,7 @@ def read_run(directory: str | Path) -> RunContents:
     Raises:
         RunDirectoryError: A file is missing, damaged, or of another version of the format.
     """
-    directory = Path(directory)
+    directory = user_path(directory, call="reading a run")
     metrics = _read(directory / "metrics.json", read_json, dict)
     if metrics.get("schema") != SCHEMA:
         raise RunDirectoryError(

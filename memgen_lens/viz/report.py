@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from memgen_lens.core.files import write_text
 from memgen_lens.core.items import Outcome, same_items
+from memgen_lens.core.ownership import require_ours
 from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
@@ -41,10 +42,12 @@ def write_report(directory: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        RunDirectoryError: A file of the run is missing or damaged, or the report cannot be written.
+        RunDirectoryError: A file of the run is missing or damaged, the report cannot be written, or a ``report.html``
+            is there that is not ours.
     """
     run = read_run(directory)
     path = run.directory / "report.html"
+    require_ours([path], call=f"write_report({str(directory)!r})")
     write_text(path, render(run))
     return path
 

@@ -25,6 +25,7 @@ from memgen_lens.core.files import (
     write_jsonl,
     write_text,
 )
+from memgen_lens.core.ownership import LEDGER
 from memgen_lens.core.types import Behavior
 
 quick = settings(
@@ -54,7 +55,8 @@ class Outer:
 
 
 def folder_holds(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Names of its files, our ledger of them aside."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LEDGER)
 
 
 def test_json_holds_dataclasses_arrays_numbers_of_numpy_and_paths():
@@ -151,7 +153,7 @@ def test_missing_folders_are_made(tmp_path):
 )
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, write, bad):
     path = tmp_path / "file"
-    path.write_text("the old content")
+    write_text(path, "the old content")
     with pytest.raises((TypeError, ValueError, SafetensorError)):
         write(path, bad)
     assert path.read_text() == "the old content"
@@ -180,7 +182,7 @@ def test_rows_that_fail_while_they_are_made_leave_the_old_file_whole(tmp_path):
 )
 def test_a_disk_that_is_full_is_an_error_of_ours_and_leaves_the_old_file_whole(tmp_path, write, value):
     path = tmp_path / "file"
-    path.write_text("the old content")
+    write_text(path, "the old content")
     with helpers.no_file_beyond(1000), pytest.raises(RunDirectoryError, match="a place that can be written; received"):
         write(path, value)
     assert path.read_text() == "the old content"

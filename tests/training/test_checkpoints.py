@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.models.tensors import save_tensors
 from memgen_lens.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 
 
@@ -58,7 +59,7 @@ def test_a_checkpoint_is_a_folder_of_three_files_without_pickle(run):
     folder, model, _ = run
     assert [path.name for path in list_checkpoints(folder)] == ["step-000003", "step-000005"]
     newest = folder / "step-000005"
-    assert sorted(path.name for path in newest.iterdir()) == [
+    assert sorted(path.name for path in newest.glob("[!.]*")) == [
         "optimizer.safetensors",
         "state.json",
         "weights.safetensors",
@@ -86,8 +87,7 @@ def test_nothing_is_listed_or_restored_where_there_is_no_checkpoint(tmp_path):
 def test_a_half_written_checkpoint_is_not_listed_and_gone_after_the_next_one(run):
     folder, model, optimizer = run
     half = folder / ".step-000009.part"
-    half.mkdir()
-    (half / "weights.safetensors").write_bytes(b"half")
+    save_tensors({"x": torch.ones(2)}, half / "weights.safetensors")
     assert [path.name for path in list_checkpoints(folder)] == ["step-000003", "step-000005"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

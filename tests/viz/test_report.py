@@ -107,7 +107,7 @@ def test_the_figures_offer_no_upload(html):
 
 
 def test_only_the_report_is_left_behind(directory):
-    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+    assert not [path for path in directory.iterdir() if path.suffix == ".part"]
 
 
 def test_the_same_run_gives_the_same_report(directory, html):

@@ -13,10 +13,12 @@ import numpy as np
 from memgen_lens.analysis.recording.finite import EMBEDDING, SIDES
 from memgen_lens.analysis.recording.reading import recorded_blocks
 from memgen_lens.core.errors import PairsError
-from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
+from memgen_lens.core.files import damaged, read_arrays, read_json, user_path, write_arrays, write_json
 from memgen_lens.core.items import Item
+from memgen_lens.core.ownership import require_ours
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, SiteActivations
+from memgen_lens.core.run_directory import alone_in
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
 
@@ -57,7 +59,8 @@ def record(
         SiteError: A site is unknown, or the model lacks it.
         PairsError: There are no pairs.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
-        RunDirectoryError: ``out`` cannot be written.
+        RunDirectoryError: ``out`` cannot be written, is being written by another process, or holds somebody else's
+            file of one of these names.
     """
     if out is not None and callable(pairs.match):
         raise PairsError(
@@ -71,6 +74,11 @@ def record(
     first = next(blocks)
     shapes = {name: (len(pairs), *values.shape[2:]) for name, values in first.sides.items()}
     with ExitStack() as stack:
+        if out is not None:
+            out = user_path(out, call="record(out=...)")
+            stack.enter_context(alone_in(out, call=f"record(out={str(out)!r})"))
+            files = [*(f"{name}.safetensors" for name in (*shapes, "tokens")), "manifest.json"]
+            require_ours([out / name for name in files], call=f"record(out={str(out)!r})")
         sides = {
             name: {side: np.empty(shape, np.float32) for side in SIDES}
             if out is None
@@ -101,7 +109,7 @@ def load_activations(directory: str | Path) -> Activations:
     Raises:
         RunDirectoryError: A file is missing or damaged.
     """
-    directory = Path(directory)
+    directory = user_path(directory, call="load_activations")
     manifest = read_json(directory / "manifest.json")
     try:
         pairs = PromptPairs(

@@ -320,7 +320,7 @@ def test_activations_written_to_a_directory_are_the_same_and_read_when_they_are_
     np.testing.assert_array_equal(mg.attribute(opened, sites[0]).rho, mg.attribute(kept, sites[0]).rho)
     arrays = load_file(tmp_path / "acts" / "resid_post.safetensors")  # with the library too
     np.testing.assert_array_equal(arrays["memorized"], kept.site("resid_post").memorized)
-    assert sorted(path.name for path in (tmp_path / "acts").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "acts").glob("[!.]*")) == [
         "blocks.0.attn.hook_z.safetensors",
         "embedding.safetensors",
         "manifest.json",
@@ -342,7 +342,7 @@ def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeyp
     monkeypatch.setattr(reading, "_recorded", fail_later)
     with pytest.raises(RuntimeError, match="the third batch"):
         mg.record(learned.model, learned.pairs, ["post"], batch_size=16, out=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".memgen_lens.jsonl"]
     assert planted.hooks_on(learned.model) == {}
 
 
