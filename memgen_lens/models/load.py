@@ -17,7 +17,7 @@ with quiet_imports():
         from transformer_lens import HookedTransformerConfig
 
 
-def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
+def load_run_model(directory: str | Path, *, device: str = "cpu") -> Any:
     """The HookedTransformer that `save_model` or `train` wrote, with its tokenizer, in evaluation mode.
 
     Args:

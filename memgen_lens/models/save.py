@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memgen_lens.core.files import write_json
+from memgen_lens.models.pretrained import save_bridge
 from memgen_lens.models.tensors import save_tensors
 
 
@@ -20,6 +21,8 @@ def save_model(model: Any, directory: str | Path) -> Path:
     Raises:
         RunDirectoryError: The directory cannot be written.
     """
+    if hasattr(getattr(model, "original_model", None), "save_pretrained"):
+        return save_bridge(model, directory)
     directory = Path(directory)
     cfg = {name: value for name, value in model.cfg.to_dict().items() if _is_plain(value)}
     write_json(directory / "config.json", cfg)
