@@ -46,7 +46,7 @@ def load_model(
     Args:
         source: One of
 
-            - a run directory of ours (or its ``model`` folder): a HookedTransformer, on TransformerLens 4 a native Bridge;
+            - a run directory of ours (or its ``model`` folder): a HookedTransformer, on TransformerLens 4 a Bridge;
             - a Hugging Face directory or name, or a GGUF file (which needs the package gguf): a TransformerBridge;
             - a transformers model. The caller's object keeps its modules and its attention; the Bridge around a copy
               shares its weights, unless device or dtype ask for others;
@@ -137,7 +137,7 @@ def save_bridge(model: Any, directory: str | Path) -> Path:
     ``AutoModelForCausalLM.from_pretrained(directory)`` has the same weights, bit for bit.
 
     Raises:
-        ModelError: TransformerLens has processed the weights (compatibility mode), so that they are no longer the model's.
+        ModelError: TransformerLens has processed the weights (compatibility mode): they are the model's no longer.
         RunDirectoryError: The directory cannot be written.
     """
     if model.compatibility_mode:
