@@ -2,6 +2,7 @@
 
 import time
 from importlib.util import find_spec
+from typing import Any
 
 import peft
 import pytest
@@ -40,8 +41,13 @@ def characters() -> PreTrainedTokenizerFast:
 
 def hugging_face(kind):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 48, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
-    wide = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 48, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    wide: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 28,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     wide |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 4}
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=16, n_layer=2, n_head=4, n_positions=64))
