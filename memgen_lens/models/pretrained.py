@@ -92,7 +92,7 @@ def load_model(
         raise ModelError(
             _CALL, expected=_SOURCES, received=type(source).__name__, fix="A lens model needs no loading: use it as is."
         )
-    tokenizer = tokenizer or _tokenizer(source.name_or_path)
+    tokenizer = tokenizer or _tokenizer(source.name_or_path or "")
     return _bridge(_copy(source, device, kind), tokenizer)
 
 
@@ -204,7 +204,7 @@ def _from_adapter(path: Path, place: dict[str, Any], tokenizer: Any) -> Any:
         base_name = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
     own = path if (path / "tokenizer_config.json").is_file() else None
     tokenizer = tokenizer or (_tokenizer(str(own)) if own else None)
-    base, tokenizer = _read(base_name, tokenizer=tokenizer, **(place | {"dtype": torch.float32}))
+    base, tokenizer = _read(base_name, tokenizer=tokenizer, **{**place, "dtype": torch.float32})
     with _one_line(path), _quiet():
         adapted = PeftModel.from_pretrained(base, str(path))
     return _bridge(merged(adapted).to(place["dtype"]), tokenizer)
@@ -228,9 +228,10 @@ def _read(
 
     source = gguf or name
     with _one_line(source), _quiet(), own_random_state():
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, attn_implementation="eager", output_loading_info=True, **how
         )
+    hf, report = loaded
     if report["missing_keys"]:
         raise ModelError(
             _CALL,
@@ -273,7 +274,7 @@ def _bridge(hf: Any, tokenizer: Any) -> Any:
     # Else TransformerLens reads the tokenizer again under its name, which may be nowhere, to give it a
     # begin-of-text token that the model's own tokenizer does not put there.
     own.init_kwargs["add_bos_token"] = True
-    how = {} if getattr(hf, "hf_device_map", None) else {"device": str(hf.device)}
+    how: dict[str, Any] = {} if getattr(hf, "hf_device_map", None) else {"device": str(hf.device)}
     with _one_line(type(hf).__name__), _quiet(), own_random_state():
         model = TransformerBridge.boot_transformers(
             hf.name_or_path or type(hf).__name__, hf_model=hf, tokenizer=own, dtype=hf.dtype, **how
