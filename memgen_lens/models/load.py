@@ -14,7 +14,7 @@ from memgen_lens.models.native import set_state
 from memgen_lens.models.tensors import load_tensors
 
 
-def load_model(directory: str | Path, *, device: str = "cpu") -> Any:
+def load_run_model(directory: str | Path, *, device: str = "cpu") -> Any:
     """The model that `save_model` or `train` wrote, with its tokenizer, in evaluation mode.
 
     A HookedTransformer on TransformerLens 3, a native Bridge on 4, whichever of them has written it.

@@ -13,6 +13,7 @@ import torch
 from memgen_lens.core.files import cannot_write, user_path, write_bytes, write_json
 from memgen_lens.core.ownership import require_ours
 from memgen_lens.models.native import config_of, state_of
+from memgen_lens.models.pretrained import save_bridge
 from memgen_lens.models.tensors import save_tensors
 
 
@@ -27,6 +28,8 @@ def save_model(model: Any, directory: str | Path) -> Path:
         RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
     """
     directory = user_path(directory, call="save_model")
+    if hasattr(getattr(model, "original_model", None), "save_pretrained"):
+        return save_bridge(model, directory)
     cfg = {name: value for name, value in config_of(model).items() if _is_plain(value)}
     if model.cfg.dtype != torch.float32:
         cfg["dtype"] = str(model.cfg.dtype).removeprefix("torch.")

@@ -1,0 +1,203 @@
+"""Pretrained models are loaded as they are, saved as they were, and refused in one line."""
+
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import memgen_lens as mg
+from memgen_lens.core.errors import ModelError
+from memgen_lens.models import pretrained
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+
+IDS = torch.tensor([[5, 9, 7, 30, 11], [4, 4, 21, 6, 17]])
+KINDS = ("llama", "gpt2", "gemma")
+
+
+def characters() -> PreTrainedTokenizerFast:
+    vocabulary = {
+        c: i for i, c in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789+= "])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def hugging_face(kind):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 48, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    wide: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 28,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    wide |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 4}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=16, n_layer=2, n_head=4, n_positions=64))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **wide))
+    else:
+        model = Gemma2ForCausalLM(Gemma2Config(**sizes, **wide, query_pre_attn_scalar=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        out = model(IDS)
+    return getattr(out, "logits", out)
+
+
+def close(one, other):
+    """Equal to rounding, of the largest value."""
+    return (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def adapted(base):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return peft.get_peft_model(base, config).eval()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(pretrained, "_hub_answers", lambda: False)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    hugging_face("llama").save_pretrained(tmp_path / "hf")
+    characters().save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_bridge_is_what_plain_transformers_loads_bit_for_bit(kind, tmp_path):
+    hf = hugging_face(kind)
+    model = mg.load_model(hf, tokenizer=characters())
+    assert not model.training
+    assert close(logits(model), logits(hf))
+    assert mg.save_model(model, tmp_path / "out") == tmp_path / "out"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(plain), logits(hf))
+    assert set(plain.state_dict()) == set(hf.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab+1").input_ids == characters()("ab+1").input_ids
+    assert (tokenizer.bos_token, tokenizer.pad_token) == (None, None)
+    again = mg.load_model(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    assert mg.complete(again, ["ab+1="], max_new_tokens=3) == mg.complete(model, ["ab+1="], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_callers_model_and_tokenizer_stay_as_they_were_and_share_the_weights(kind):
+    hf, tokenizer = hugging_face(kind), characters()
+    before, names, attention = logits(hf), list(hf.state_dict()), hf.config._attn_implementation
+    model = mg.load_model(hf, tokenizer=tokenizer)
+    assert torch.equal(logits(hf), before)
+    assert (list(hf.state_dict()), hf.config._attn_implementation) == (names, attention)
+    assert model.original_model.config._attn_implementation == "eager"
+    assert (tokenizer.bos_token, tokenizer.pad_token) == (None, None)
+    assert {p.data_ptr() for p in hf.parameters()} <= {p.data_ptr() for p in model.original_model.parameters()}
+    half = mg.load_model(hf, tokenizer=tokenizer, dtype="bfloat16")
+    assert {p.dtype for p in half.original_model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(hf), before)
+
+
+def test_a_directory_takes_dtype_and_device_map(llama):
+    assert torch.equal(logits(mg.load_model(llama)), logits(mg.load_model(str(llama), device_map="cpu")))
+    model = mg.load_model(llama, dtype="bfloat16")
+    assert model.original_model.dtype == model.cfg.dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="expected device or device_map; received both"):
+        mg.load_model(llama, device="cpu", device_map="cpu")
+
+
+def test_an_adapter_is_merged_as_object_and_as_directory(llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(llama).eval()
+    before = logits(base)
+    model = adapted(base)
+    expected = logits(model)
+    lens = mg.load_model(model, tokenizer=characters())
+    assert (logits(lens) - expected).abs().max() <= 1e-3
+    assert (logits(lens) - before).abs().max() > 1e-2
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(mg.load_model(tmp_path / "adapter")), logits(lens))
+
+
+def test_an_adapter_that_changes_nothing_is_refused(llama):
+    untrained = peft.get_peft_model(hugging_face("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="expected an adapter that changes its base"):
+        mg.load_model(untrained, tokenizer=characters())
+
+
+def test_an_adapter_that_merges_wrongly_is_refused(monkeypatch):
+    model = adapted(hugging_face("llama"))
+    monkeypatch.setattr(pretrained, "MERGE_TOLERANCE", -1.0)
+    with pytest.raises(ModelError, match=r"logits are the adapter's to .*received logits that differ by"):
+        mg.load_model(model, tokenizer=characters())
+
+
+def test_a_name_that_is_not_here_is_one_line_at_once(offline, capfd):
+    start = time.perf_counter()
+    with pytest.raises(ModelError, match=r"received 'nobody/no-such-model' \(.*offline, only what is on") as caught:
+        mg.load_model("nobody/no-such-model")
+    assert time.perf_counter() - start < 5
+    assert "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_soon(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    start = time.perf_counter()
+    assert not pretrained._hub_answers()
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("dtype", ["float3", "int8", torch.int64, "nn"])
+def test_an_unknown_dtype_is_refused(llama, dtype):
+    with pytest.raises(ModelError, match="expected a floating-point dtype of torch; received"):
+        mg.load_model(llama, dtype=dtype)
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(llama, tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
+    (tmp_path / "y.gguf").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"y\.gguf, which is not GGUF"):
+        mg.load_model(tmp_path / "y.gguf")
+    with pytest.raises(ModelError, match=r"received '.*x\.gguf' \("):
+        mg.load_model(tmp_path / "x.gguf")
+    monkeypatch.setattr(
+        pretrained.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
+    )
+    with pytest.raises(ModelError, match="expected the package gguf"):
+        mg.load_model(tmp_path / "x.gguf")
+    (llama / "tokenizer.json").unlink()
+    (llama / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=r"expected a tokenizer of .*Give tokenizer="):
+        mg.load_model(llama)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"received '.*hf' \("):
+        mg.load_model(llama)
+    with pytest.raises(ModelError, match="received int"):
+        mg.load_model(3)
