@@ -105,8 +105,8 @@ class Judge:
             examples = [wrong[p] for p in sorted(wrong)[:N_EXAMPLES]]
             raise PairsError(
                 "steering pairs that flip unsteered",
-                expected=f"at least {MINIMUM_PAIRS} pairs whose prompts show, unsteered, what they are labelled with",
-                received=f"{right.sum()} of {len(index)}",
+                expected=f"at least {MINIMUM_PAIRS} pairs",
+                received=f"{right.sum()} of {len(index)} whose prompts show what they are labelled with",
                 fix=self._way_out(index) + "".join(f"\n  {text}" for text in examples),
             )
         return index[right]

@@ -83,7 +83,10 @@ def test_too_few_pairs_that_flip_show_three_prompts_with_what_was_expected_and_s
     with pytest.raises(PairsError) as caught:
         flipping(model, replace(pairs, generalized=items))
     first, *examples = str(caught.value).split("\n")
-    assert "received 0 of 12. Give the answers as the model words them" in first and "Train" not in first
+    assert (
+        "received 0 of 12 whose prompts show what they are labelled with. Give the answers" in first
+        and "Train" not in first
+    )
     assert examples[:2] == ["  generalized 'abababG=':", "    expected 'Paris', said 'r'"]
     assert len(examples) == 6 and max(map(len, examples)) <= 80
 
