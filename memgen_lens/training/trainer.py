@@ -82,11 +82,18 @@ def train(
     Raises:
         RunDirectoryError: ``out`` holds a run already (and neither ``resume`` nor ``force``), holds one with other
             settings (``resume``), or cannot be written.
-        ModelError: The loss is not finite, or the device is not there.
+        ModelError: The loss is not finite, the device is not there, or the call stands in ``torch.inference_mode()``.
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
     require_device(config.device, call="train")
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "train",
+            expected="a call outside torch.inference_mode()",
+            received="one inside it, where nothing can be trained",
+            fix="Call it before the with block, or below a function without @torch.inference_mode().",
+        )
     model = build_model(
         config.model,
         task.tokenizer,
@@ -102,7 +109,8 @@ def train(
         fused=True,
     )
     directory = prepare(task, config, out, resume=resume, force=force)
-    with _own_random_state(config.seed), freed_memory_kept():
+    # A notebook may have switched gradients off at its top, as TransformerLens' own do.
+    with _own_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
         state = None
         if resume and directory is not None:
             state = load_newest(directory / "checkpoints", model, optimizer, device=config.device)
