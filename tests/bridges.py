@@ -1,11 +1,12 @@
 """Tiny random Bridges around Hugging Face models, made offline; both versions of TransformerLens have them."""
 
 import warnings
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+= "
 KINDS = ("llama", "gpt2", "gemma")
 N_LAYERS = 2
+_FOLDER = TemporaryDirectory()
 
 
 def character_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
@@ -27,12 +29,14 @@ def character_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*names, *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    backend.decoder = decoders.Fuse()
     settings = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"} | special
     named = {name: token for name, token in settings.items() if token is not None}
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    with TemporaryDirectory() as directory:
-        made.save_pretrained(directory)
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    directory = Path(_FOLDER.name) / "-".join(f"{name}={token.strip('<>')}" for name, token in named.items())
+    made.save_pretrained(directory)
+    # Read from there, as TransformerLens reads it again to have it put a begin-of-text token before every text.
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def hugging_face(kind: str, *, dtype: torch.dtype = torch.float32, n_vocab: int = 48) -> Any:
@@ -49,7 +53,9 @@ def hugging_face(kind: str, *, dtype: torch.dtype = torch.float32, n_vocab: int 
         model = Gemma2ForCausalLM(Gemma2Config(**sizes, **wide, **grouped, query_pre_attn_scalar=4, sliding_window=64))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("ln_f.bias"):
+                continue  # it would have the model say one thing whatever it is asked
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model.to(dtype).eval()
 
@@ -59,10 +65,8 @@ def bridge(kind: str, *, tokenizer: Any = None, **how: Any) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     hf = hugging_face(kind, **how)
+    own = tokenizer or character_tokenizer()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with TemporaryDirectory() as directory:  # TransformerLens reads the tokenizer again from where it came
-            (tokenizer or character_tokenizer()).save_pretrained(directory)
-            own = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-            made = TransformerBridge.boot_transformers(kind, hf_model=hf, tokenizer=own, dtype=hf.dtype, device="cpu")
+        made = TransformerBridge.boot_transformers(kind, hf_model=hf, tokenizer=own, dtype=hf.dtype, device="cpu")
     return made.eval()
