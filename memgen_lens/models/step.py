@@ -128,7 +128,10 @@ def greedy_tokens(
 def keeps_past(model: LensModel) -> bool:
     """Whether a model can be given keys and values of what was run before."""
     if is_hooked_transformer(model):
-        return getattr(model.cfg, "attention_dir", "causal") == "causal"
+        cfg = model.cfg
+        # Ungrouped keys and values are as many as the queries, which TransformerLens' cache does not expect.
+        ungrouped = cfg.n_key_value_heads is not None and cfg.ungroup_grouped_query_attention
+        return cfg.attention_dir == "causal" and not ungrouped
     return takes(model, "past_key_values")
 
 

@@ -83,11 +83,18 @@ def train(
         RunDirectoryError: ``out`` holds a run already (and neither ``resume`` nor ``force``), holds one with other
             settings (``resume``), holds somebody else's file where one of the run's would be, is being written by
             another process, or cannot be written.
-        ModelError: The loss is not finite, or the device is not there.
+        ModelError: The loss is not finite, or the device is not there, or the call stands in ``torch.inference_mode()``.
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
     require_device(config.device, call="train")
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "train",
+            expected="a call outside torch.inference_mode()",
+            received="one inside it, where nothing can be trained",
+            fix="Call it before the with block, or below a function without @torch.inference_mode().",
+        )
     model = build_model(
         config.model,
         task.tokenizer,
@@ -102,8 +109,9 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # A notebook may have switched gradients off at its top, as TransformerLens' own do.
     with prepared(task, config, out, resume=resume, force=force) as directory:
-        with _own_random_state(config.seed), freed_memory_kept():
+        with _own_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
             state = None
             if resume and directory is not None:
                 state = load_newest(directory / "checkpoints", model, optimizer, device=config.device)

@@ -361,3 +361,23 @@ def test_no_thread_is_left_behind_an_error_even_while_its_traceback_is_kept(monk
         run(max_steps=2000, eval_every=5)
     assert caught.tb is not None
     assert [thread for thread in threading.enumerate() if thread.name == "memgen-lens-batches"] == []
+
+
+def test_a_notebook_that_switched_gradients_off_trains_the_same_model():
+    def trained():
+        run = mg.train(helpers.tiny_task(), helpers.tiny_training(max_steps=3), progress=False)
+        return [parameter.detach() for parameter in run.model.parameters()]
+
+    expected = trained()
+    torch.set_grad_enabled(False)
+    try:
+        found = trained()
+        assert not torch.is_grad_enabled()  # left as the user set it
+    finally:
+        torch.set_grad_enabled(True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode"):
+        mg.train(helpers.tiny_task(), helpers.tiny_training(), progress=False)

@@ -4,6 +4,7 @@ Does not know where the values go: `activations` keeps them, attribution sums th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -157,13 +158,17 @@ def read_last_position(
 
         return keep
 
-    with model.hooks(fwd_hooks=[(name, keeper(name)) for name in hooks]):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(model.hooks(fwd_hooks=[(name, keeper(name)) for name in hooks]))
+        except (AssertionError, ValueError) as error:  # TransformerLens knows of some before they are run
+            raise _never_called(str(error)) from None
         for batch in batches:
             shape[:] = batch.tokens.shape
             _run(model, batch, hooks)
             for name in hooks:
                 if name not in seen:
-                    raise _never_called(name)
+                    raise _never_called(f"{name}, which it has and never calls")
                 kept[name].append(seen.pop(name))
     return kept
 
@@ -189,11 +194,11 @@ def _run(model: LensModel, batch: Batch, hooks: Sequence[str]) -> None:
     model(batch.tokens, attention_mask=batch.mask, stop_at_layer=stop, **extra)
 
 
-def _never_called(name: str) -> SiteError:
+def _never_called(which: str) -> SiteError:
     return SiteError(
-        f"site {name!r}",
-        expected="a hook point that this model's forward pass reaches",
-        received=f"{name}, which it has and never calls",
+        "reading sites",
+        expected="hook points that this model's forward pass reaches",
+        received=which,
         fix="TransformerLens calls some only where a setting of its config says so, e.g. use_attn_result.",
     )
 
