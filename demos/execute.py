@@ -21,4 +21,6 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 if __name__ == "__main__":
     for path in [HERE / name for name in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
-        nbformat.write(execute(path), path)
+        part = path.with_suffix(".part")
+        nbformat.write(execute(path), part)
+        part.replace(path)  # whole or not at all: a notebook is somebody's work

@@ -36,7 +36,7 @@ class RunArguments:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a run that was cut."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Remove the run that the directory holds, and begin anew."""
+    """Remove the run that the directory holds (no file of anybody else's), and begin anew."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def run_experiment(
         config: Settings, e.g. ``mg.presets["quickstart"]``; ``config.seed`` seeds everything.
         out: Run directory; see the README for what it holds.
         resume: Go on with a run that was cut: training from its newest checkpoint, analysis anew.
-        force: Remove a run that ``out`` holds already.
+        force: Remove a run that ``out`` holds already, and no file that this package did not write.
         progress: Show a progress bar while training.
         say: Called with a line at the beginning of each stage.
 

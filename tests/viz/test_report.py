@@ -1,4 +1,5 @@
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -108,6 +109,15 @@ def test_the_figures_offer_no_upload(html):
 
 def test_only_the_report_is_left_behind(directory):
     assert not [path for path in directory.iterdir() if path.suffix == ".part"]
+
+
+def test_a_report_of_the_users_is_refused_and_stays(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "run")
+    for content in ("mine", (tmp_path / "run" / "report.html").read_text(encoding="utf-8") + "<!-- my note -->"):
+        (tmp_path / "run" / "report.html").write_text(content, encoding="utf-8")
+        with pytest.raises(RunDirectoryError, match=r"write_report.*report.html, which it did not write"):
+            report.write_report(tmp_path / "run")
+        assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8") == content
 
 
 def test_the_same_run_gives_the_same_report(directory, html):

@@ -329,6 +329,20 @@ def test_activations_written_to_a_directory_are_the_same_and_read_when_they_are_
     ]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "post.safetensors", "embedding.safetensors", "tokens.safetensors"])
+def test_recording_over_a_file_of_the_users_is_refused_and_over_our_own_is_not(learned, tmp_path, name):
+    mg.record(learned.model, learned.pairs, ["post"], out=tmp_path)
+    again = mg.record(learned.model, learned.pairs, ["post"], out=tmp_path)
+    np.testing.assert_array_equal(again.tokens, mg.load_activations(tmp_path).tokens)
+    (tmp_path / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunDirectoryError, match=f"record.*{name}, which it did not write"):
+        mg.record(learned.model, learned.pairs, ["post"], out=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(RunDirectoryError, match="expected a path; received ''"):
+        mg.record(learned.model, learned.pairs, ["post"], out="")
+
+
 def test_a_recording_that_fails_leaves_no_file_behind(learned, tmp_path, monkeypatch):
     calls = []
 
