@@ -22,6 +22,11 @@ if HAS_HOOKED_TRANSFORMER:
 hooked_only = pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
 """For tests of what only a HookedTransformer has; all others run on both versions."""
 
+either_kind = pytest.mark.parametrize(
+    "native", [pytest.param(False, marks=hooked_only, id="HookedTransformer"), pytest.param(True, id="native Bridge")]
+)
+"""For tests that run on both kinds of model."""
+
 SMALL_TASK = mg.tasks.Addition(
     n_digits=2, n_memorized=80, memory_length=2, reverse_sum=False, n_heldout=60, n_validation=60, seed=0
 )
@@ -65,7 +70,7 @@ def tiny_training(**settings) -> mg.TrainConfig:
     )
 
 
-def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool | None = None) -> Any:
+def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool = False) -> Any:
     """TransformerLens' own model of these settings: a HookedTransformer, or a native Bridge (on 4.x, or if asked for).
 
     Its parameters go by a HookedTransformer's names in `weights`, on either kind.
@@ -87,7 +92,7 @@ def weights(model: Any) -> Any:
     return parameters_of(model)
 
 
-def hooked_transformer(*, native: bool | None = None, **settings) -> Any:
+def hooked_transformer(*, native: bool = False, **settings) -> Any:
     """A small model of TransformerLens' on which no weight, bias or norm is at a value that hides a mistake."""
     model = model_of(
         {

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import helpers
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -29,8 +30,8 @@ def speaker(hooked_transformer):
         model = hooked_transformer(**shape)
         end = END[model.cfg.positional_embedding_type] if end is None else end
         with torch.no_grad():
-            model.unembed.W_U *= 20
-            model.unembed.b_U[EOS] += end
+            helpers.weights(model).unembed.W_U.mul_(20)
+            helpers.weights(model).unembed.b_U[EOS] += end
         return model
 
     return make
