@@ -13,7 +13,7 @@ import torch
 import memgen_lens as mg
 from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
-from memgen_lens.models.native import draw_weights, native_bridge
+from memgen_lens.models.native import draw_weights, native_bridge, set_state, state_of
 from memgen_lens.training.trainer import TrainingRun
 
 if HAS_HOOKED_TRANSFORMER:
@@ -84,6 +84,8 @@ def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
         cfg = HookedTransformerConfig(**settings)
+        if tokenizer is None:
+            return HookedTransformer(cfg)
         return HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side=side)
 
 
@@ -112,9 +114,11 @@ def hooked_transformer(*, native: bool = False, **settings) -> Any:
         native=native,
     )
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    state = state_of(model)  # in one order for both kinds of model, so that they get the same numbers
+    for name, value in state.items():
+        if not name.endswith((".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")):
+            state[name] = value + 0.15 * torch.randn(value.shape, generator=generator)
+    set_state(model, state)
     return model.eval()
 
 
