@@ -94,25 +94,26 @@ def weights(model: Any) -> Any:
     return parameters_of(model)
 
 
+def small_settings(**settings) -> dict[str, Any]:
+    """Settings of a small model, by TransformerLens' names."""
+    return {
+        "n_layers": 3,
+        "d_model": 24,
+        "n_ctx": 16,
+        "d_head": 6,
+        "n_heads": 4,
+        "d_mlp": 40,
+        "d_vocab": 13,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "device": "cpu",
+        "seed": 0,
+    } | settings
+
+
 def hooked_transformer(*, native: bool = False, **settings) -> Any:
     """A small model of TransformerLens' on which no weight, bias or norm is at a value that hides a mistake."""
-    model = model_of(
-        {
-            "n_layers": 3,
-            "d_model": 24,
-            "n_ctx": 16,
-            "d_head": 6,
-            "n_heads": 4,
-            "d_mlp": 40,
-            "d_vocab": 13,
-            "act_fn": "gelu",
-            "normalization_type": "LN",
-            "device": "cpu",
-            "seed": 0,
-        }
-        | settings,
-        native=native,
-    )
+    model = model_of(small_settings(**settings), native=native)
     generator = torch.Generator().manual_seed(1)
     state = state_of(model)  # in one order for both kinds of model, so that they get the same numbers
     for name, value in state.items():

@@ -41,6 +41,8 @@ def test_a_model_as_transformer_lens_makes_it_is_plain(hooked_transformer, gated
 def test_a_model_is_not_plain_while_a_hook_is_on_it(hooked_transformer):
     model = hooked_transformer()
     for name in model.hook_dict:
+        if name.endswith("hook_mlp_in") and not HAS_HOOKED_TRANSFORMER:
+            continue  # a Bridge has this one only where its configuration asks for it
         with model.hooks(fwd_hooks=[(name, lambda activation, hook: None)]):
             assert not is_plain(model), name
         assert is_plain(model), name
