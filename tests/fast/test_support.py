@@ -12,6 +12,9 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.fast import support
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER, UNUSUAL, is_plain, require_room, why_not
 
+ON_REQUEST = ("hook_mlp_in", "hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
+"""Hook points that a Bridge takes hooks at only where its configuration asks for them."""
+
 
 class Negated(nn.Module):
     """A module's negative, in its place."""
@@ -41,8 +44,8 @@ def test_a_model_as_transformer_lens_makes_it_is_plain(hooked_transformer, gated
 def test_a_model_is_not_plain_while_a_hook_is_on_it(hooked_transformer):
     model = hooked_transformer()
     for name in model.hook_dict:
-        if name.endswith("hook_mlp_in") and not HAS_HOOKED_TRANSFORMER:
-            continue  # a Bridge has this one only where its configuration asks for it
+        if not HAS_HOOKED_TRANSFORMER and name.rpartition(".")[2] in ON_REQUEST:
+            continue
         with model.hooks(fwd_hooks=[(name, lambda activation, hook: None)]):
             assert not is_plain(model), name
         assert is_plain(model), name
