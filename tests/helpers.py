@@ -13,7 +13,7 @@ import torch
 import memgen_lens as mg
 from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
-from memgen_lens.models.native import draw_weights, native_bridge
+from memgen_lens.models.native import draw_weights, native_bridge, set_state, state_of
 from memgen_lens.training.trainer import TrainingRun
 
 if HAS_HOOKED_TRANSFORMER:
@@ -21,6 +21,11 @@ if HAS_HOOKED_TRANSFORMER:
 
 hooked_only = pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer")
 """For tests of what only a HookedTransformer has; all others run on both versions."""
+
+either_kind = pytest.mark.parametrize(
+    "native", [pytest.param(False, marks=hooked_only, id="HookedTransformer"), pytest.param(True, id="native Bridge")]
+)
+"""For tests that run on both kinds of model."""
 
 SMALL_TASK = mg.tasks.Addition(
     n_digits=2, n_memorized=80, memory_length=2, reverse_sum=False, n_heldout=60, n_validation=60, seed=0
@@ -65,7 +70,7 @@ def tiny_training(**settings) -> mg.TrainConfig:
     )
 
 
-def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool | None = None) -> Any:
+def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool = False) -> Any:
     """TransformerLens' own model of these settings: a HookedTransformer, or a native Bridge (on 4.x, or if asked for).
 
     Its parameters go by a HookedTransformer's names in `weights`, on either kind.
@@ -79,6 +84,8 @@ def model_of(settings: dict[str, Any], tokenizer: Any = None, *, native: bool | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TransformerLens warns that HookedTransformer will go
         cfg = HookedTransformerConfig(**settings)
+        if tokenizer is None:
+            return HookedTransformer(cfg)
         return HookedTransformer(cfg, tokenizer=deepcopy(tokenizer), default_padding_side=side)
 
 
@@ -87,29 +94,32 @@ def weights(model: Any) -> Any:
     return parameters_of(model)
 
 
-def hooked_transformer(*, native: bool | None = None, **settings) -> Any:
+def small_settings(**settings) -> dict[str, Any]:
+    """Settings of a small model, by TransformerLens' names."""
+    return {
+        "n_layers": 3,
+        "d_model": 24,
+        "n_ctx": 16,
+        "d_head": 6,
+        "n_heads": 4,
+        "d_mlp": 40,
+        "d_vocab": 13,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "device": "cpu",
+        "seed": 0,
+    } | settings
+
+
+def hooked_transformer(*, native: bool = False, **settings) -> Any:
     """A small model of TransformerLens' on which no weight, bias or norm is at a value that hides a mistake."""
-    model = model_of(
-        {
-            "n_layers": 3,
-            "d_model": 24,
-            "n_ctx": 16,
-            "d_head": 6,
-            "n_heads": 4,
-            "d_mlp": 40,
-            "d_vocab": 13,
-            "act_fn": "gelu",
-            "normalization_type": "LN",
-            "device": "cpu",
-            "seed": 0,
-        }
-        | settings,
-        native=native,
-    )
+    model = model_of(small_settings(**settings), native=native)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    state = state_of(model)  # in one order for both kinds of model, so that they get the same numbers
+    for name, value in state.items():
+        if not name.endswith((".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")):
+            state[name] = value + 0.15 * torch.randn(value.shape, generator=generator)
+    set_state(model, state)
     return model.eval()
 
 

@@ -2,15 +2,15 @@
 
 import copy
 import inspect
-import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import helpers
 import planted
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 import memgen_lens as mg
@@ -34,20 +34,20 @@ def _one_thread():
         yield
 
 
-def untrained(n_ctx: int = 24, **shape) -> HookedTransformer:
+def untrained(n_ctx: int = 24, **shape) -> Any:
     """A model of random weights, whose completions are arbitrary but differ from prompt to prompt."""
     config = helpers.tiny_training().model.but(n_layers=2, **shape)
     model = build_model(config, TASK.tokenizer, n_ctx=n_ctx, seed=0).eval()
     with torch.no_grad():
-        model.unembed.W_U *= 20
+        helpers.weights(model).unembed.W_U.mul_(20)
     return model
 
 
-def endless(**settings) -> HookedTransformer:
+def endless(**settings) -> Any:
     """The same, but never ends a text by itself."""
     model = untrained(**settings)
     with torch.no_grad():
-        model.unembed.b_U[model.tokenizer.eos_token_id] = -1e6
+        helpers.weights(model).unembed.b_U[model.tokenizer.eos_token_id] = -1e6
     return model
 
 
@@ -68,7 +68,7 @@ class Scripted:
     """What the protocol asks for and no more: continues a prompt that begins with digit d by d times 'a', then ends."""
 
     tokenizer = TASK.tokenizer
-    cfg = HookedTransformerConfig(n_layers=1, d_model=4, n_ctx=10, d_head=4, d_mlp=4, act_fn="relu", d_vocab=23)
+    cfg = SimpleNamespace(n_layers=1, n_ctx=10)
     hook_dict: dict = {}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -163,22 +163,21 @@ def test_a_begin_of_text_token_that_the_model_adds_is_counted(tmp_path):
     tokenizer.bos_token = "<bos>"
     tokenizer.save_pretrained(str(tmp_path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))  # TransformerLens loads it again by its path
-    cfg = HookedTransformerConfig(
-        n_layers=2,
-        d_model=32,
-        n_ctx=16,
-        d_head=16,
-        d_mlp=32,
-        act_fn="relu",
-        d_vocab=len(tokenizer),
-        seed=1,
-        device="cpu",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = HookedTransformer(cfg, tokenizer=tokenizer)
+    settings = {
+        "n_layers": 2,
+        "d_model": 32,
+        "n_ctx": 16,
+        "d_head": 16,
+        "n_heads": 2,
+        "d_mlp": 32,
+        "act_fn": "relu",
+        "d_vocab": len(tokenizer),
+        "seed": 1,
+        "device": "cpu",
+    }
+    model = helpers.model_of(settings, tokenizer)
     with torch.no_grad():
-        model.unembed.W_U *= 20
+        helpers.weights(model).unembed.W_U.mul_(20)
     assert model.to_tokens("12").shape == (1, 3)
     prompts = ["12+34=", "1", "12+"]
     assert complete(model, prompts, max_new_tokens=5) == [alone(model, prompt, 5) for prompt in prompts]

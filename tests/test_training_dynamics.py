@@ -13,6 +13,7 @@ from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import to_json, with_nulls
 from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.models.native import state_of
 from memgen_lens.models.tensors import load_tensors
 from memgen_lens.training.checkpoints import list_checkpoints
 
@@ -140,9 +141,8 @@ def test_step_zero_is_the_model_that_training_began_with(tmp_path):
     task, out = helpers.tiny_task(), tmp_path / "run"
     config = helpers.tiny_training(max_steps=1, warmup_steps=0, learning_rate=1e-12, eval_every=1, checkpoint_every=1)
     run = mg.train(task, config, out=out, progress=False)
-    begun = mg.models.build_model(
-        config.model, task.tokenizer, n_ctx=run.model.cfg.n_ctx, seed=config.seed
-    ).state_dict()
+    first = mg.models.build_model(config.model, task.tokenizer, n_ctx=run.model.cfg.n_ctx, seed=config.seed)
+    begun = state_of(first)
     kept = load_tensors(out / "checkpoints" / "step-000001" / "weights.safetensors")
     assert all(torch.allclose(tensor, begun[name], atol=1e-6) for name, tensor in kept.items())
     with pytest.raises(PairsError, match=r"received 0 \(0 of 10 items flip"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from memgen_lens.fast.mlp import ACTIVATIONS, activated, mlp
 from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.products import linear
+from memgen_lens.fast.support import is_native_bridge
 
 Taps = Mapping[str, Callable[[Tensor, int], Tensor]]
 """By hook-point name, what is called with some consecutive rows of the site ``[row, neuron]`` (heads flattened) and the
@@ -60,6 +61,7 @@ class Blocks:
         blocks = self.model.blocks
         self.scales = [1 / float(block.attn.attn_scale) if model.cfg.use_attn_scale else 1.0 for block in blocks]
         self._buffers: dict[str, Tensor] = {}
+        self._mid_enters_mlp_alone = is_native_bridge(model)
         self._qkv = [qkv_weights(block.attn, model.cfg) for block in blocks]
 
     def embed(
@@ -138,8 +140,10 @@ class Blocks:
         z = _tap(taps, prefix + "attn.hook_z", z, first)
         attn_out = linear(z, block.attn.W_O.flatten(0, 1), block.attn.b_O)
         x = _tap(taps, prefix + "hook_attn_out", attn_out, first).add(x)
-        x = _tap(taps, prefix + "hook_resid_mid", x, first)
-        normed = _normed(block.ln2, x, self.cfg, taps, prefix + "ln2.hook_normalized", first)
+        mid = _tap(taps, prefix + "hook_resid_mid", x, first)
+        # A Bridge's hook point of this name lies behind the fork: what is put there does not stay in the stream.
+        x = x if self._mid_enters_mlp_alone else mid
+        normed = _normed(block.ln2, mid, self.cfg, taps, prefix + "ln2.hook_normalized", first)
         mlp_out = _tapped_mlp(block.mlp, normed, self.cfg, taps, prefix + "mlp.", first)
         x = _tap(taps, prefix + "hook_mlp_out", mlp_out, first).add(x)
         return _tap(taps, prefix + "hook_resid_post", x, first)

@@ -4,6 +4,7 @@ Models of both kinds are written in one form, HookedTransformer's names and shap
 trained loads on the other. Does not train.
 """
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def draw_weights(model: Any, *, seed: int) -> None:
     state = state_of(model)
     for name, value in state.items():
         if ".W_" in name:
-            state[name] = torch.empty(value.shape).normal_(std=model.cfg.initializer_range, generator=generator)
+            state[name] = torch.empty(value.shape).normal_(std=0.8 / math.sqrt(model.cfg.d_model), generator=generator)
     set_state(model, state)
 
 
@@ -138,8 +139,9 @@ def set_state(model: Any, state: Mapping[str, Tensor]) -> None:
     for name, value in kept.items():
         if value.shape != own[name].shape:
             raise RuntimeError(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
-        turns = name.endswith((".W_Q", ".b_Q", ".W_K", ".b_K"))
-        own[name].copy_(_neighbours(value, rotary.rotary_dim) if rotary is not None and turns else value)
+        if rotary is not None and name.endswith((".W_Q", ".b_Q", ".W_K", ".b_K")):
+            value = _neighbours(value, rotary.rotary_dim)
+        own[name].copy_(value)
     if model.cfg.gated_mlp:
         for layer in range(model.cfg.n_layers):
             prefix = f"blocks.{layer}.mlp."

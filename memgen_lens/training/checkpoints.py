@@ -68,6 +68,9 @@ def load_newest(
 
     Returns:
         What was kept as ``state``, with its ``step``; None if there is no whole checkpoint.
+
+    Raises:
+        RunDirectoryError: The other version of TransformerLens has written it.
     """
     for folder in reversed(list_checkpoints(directory)):
         try:
@@ -77,6 +80,7 @@ def load_newest(
         except RunDirectoryError as error:
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
             continue
+        _require_shapes(tensors, optimizer, folder)
         set_state(model, weights)
         _set_random_state(tensors)
         slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -86,6 +90,21 @@ def load_newest(
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
         return state
     return None
+
+
+def _require_shapes(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Refuse an optimizer's state of parameters in other shapes: the two versions of TransformerLens differ in them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {str(index): parameter.shape for index, parameter in enumerate(parameters)}
+    for name, value in tensors.items():
+        index = name.partition(".")[0]
+        if index.isdigit() and value.ndim and value.shape != shapes.get(index):
+            raise RunDirectoryError(
+                f"resuming from {folder}",
+                expected="a checkpoint that the installed version of TransformerLens has written (3 or 4)",
+                received=f"an optimizer's state of a parameter of shape {tuple(value.shape)}, which this model has not",
+                fix="Resume with the version that the run was begun with; its models load with either.",
+            )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

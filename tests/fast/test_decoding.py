@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import helpers
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,6 +12,7 @@ from torch import Tensor
 from memgen_lens.core.errors import ModelError
 from memgen_lens.fast.blocks import BLOCK_SITES, Blocks
 from memgen_lens.fast.decoding import Change, Intervention, can_change, greedy_copies
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 
 EOS, N_NEW = 4, 6
 PROMPTS = torch.tensor([[1, 2, 3, 5], [1, 2, 3, 6], [9, 2, 3, 5], [1, 2, 3, 5]])
@@ -29,8 +31,8 @@ def speaker(hooked_transformer):
         model = hooked_transformer(**shape)
         end = END[model.cfg.positional_embedding_type] if end is None else end
         with torch.no_grad():
-            model.unembed.W_U *= 20
-            model.unembed.b_U[EOS] += end
+            helpers.weights(model).unembed.W_U.mul_(20)
+            helpers.weights(model).unembed.b_U[EOS] += end
         return model
 
     return make
@@ -155,7 +157,12 @@ def test_several_sites_at_once_are_changed_each(speaker, names, first_only):
     "shape",
     [
         {"normalization_type": "RMS", "act_fn": "silu", "gated_mlp": True, "positional_embedding_type": "rotary"},
-        {"normalization_type": "LNPre", "act_fn": "gelu_new", "use_attn_scale": False, "end": -10.0},
+        {
+            "normalization_type": "LNPre",
+            "act_fn": "gelu_new",
+            "use_attn_scale": not HAS_HOOKED_TRANSFORMER,
+            "end": -10.0,
+        },
         {"normalization_type": None, "act_fn": "relu", "n_heads": 1, "d_head": 5},
         {"normalization_type": "RMSPre", "gated_mlp": True, "n_layers": 1},
     ],

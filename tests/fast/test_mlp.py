@@ -1,5 +1,6 @@
 """The fast MLP gives what TransformerLens' MLP gives, with all gradients, by oneDNN and without it."""
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ needs_onednn = pytest.mark.skipif(not products.available(), reason="this process
 EITHER_WAY = pytest.mark.parametrize("here", [False, pytest.param(True, marks=needs_onednn)])
 EVERY_ACTIVATION = pytest.mark.parametrize("act_fn", list(mlp.ACTIVATIONS))
 N_ROWS = 50
+
+pytestmark = helpers.hooked_only  # a native Bridge's MLP is compared as part of the model, in training/test_forward.py
 
 
 def rows(n: int = N_ROWS, width: int = 24, *, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

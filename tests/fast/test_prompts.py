@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import helpers
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,6 +14,7 @@ from memgen_lens.fast import prompts as prompts_module
 from memgen_lens.fast.attention import SHORT
 from memgen_lens.fast.blocks import BLOCK_SITES, MODEL_SITES, Blocks
 from memgen_lens.fast.prompts import PrefixTree, at_last_position, can_read, keys_and_values
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 
 PROMPTS = [
     [1, 2, 3, 4, 5, 6],
@@ -117,7 +119,7 @@ CONFIGURATIONS = [
         {"positional_embedding_type": "rotary", "normalization_type": "RMS", "gated_mlp": True},
         {"positional_embedding_type": "rotary", "normalization_type": "LNPre", "rotary_dim": 4},
         {"normalization_type": "LN", "act_fn": "gelu_new", "gated_mlp": True, "d_head": 5},
-        {"act_fn": "relu", "n_layers": 1, "use_attn_scale": False, "n_heads": 1},
+        {"act_fn": "relu", "n_layers": 1, "use_attn_scale": not HAS_HOOKED_TRANSFORMER, "n_heads": 1},
         {"normalization_type": "RMSPre", "positional_embedding_type": "rotary", "n_layers": 2, "attn_scale": 3.0},
     ]
 ]
@@ -127,8 +129,9 @@ CONFIGURATIONS = [
 def test_every_site_of_every_layer_is_what_run_with_cache_has_at_the_last_position(hooked_transformer, shape):
     model = hooked_transformer(**shape)
     groups = groups_of(model)
-    gated, normed, standard = model.cfg.gated_mlp, bool(model.cfg.normalization_type), "pos_embed.W_pos"
-    assert len(groups) == 12 + gated + 3 * normed + (standard in dict(model.named_parameters()))
+    cfg = model.cfg
+    standard = cfg.positional_embedding_type == "standard"
+    assert len(groups) == 12 + cfg.gated_mlp + 3 * bool(cfg.normalization_type) + standard
     assert_read(model, PROMPTS, groups)
 
 
@@ -209,6 +212,7 @@ def test_only_hook_points_that_are_known_can_be_read():
         assert not can_read(["hook_embed", name])
 
 
+@helpers.hooked_only
 @pytest.mark.parametrize("shape", CONFIGURATIONS)
 @pytest.mark.parametrize("n_positions", [1, 5])
 def test_keys_and_values_are_those_of_transformer_lens_own_cache(hooked_transformer, shape, n_positions):

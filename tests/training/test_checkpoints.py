@@ -144,3 +144,21 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_on
     (folder / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"writing .*step-000001: expected a place that can be written"):
         save_checkpoint(folder / "file", 1, model, optimizer, {})
+
+
+@helpers.hooked_only
+@pytest.mark.parametrize("gated_mlp", [False, True])
+def test_a_checkpoint_of_the_other_version_of_transformer_lens_is_refused_and_nothing_is_changed(tmp_path, gated_mlp):
+    models = [helpers.hooked_transformer(native=native, gated_mlp=gated_mlp) for native in (False, True)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in models]
+    tokens = torch.randint(13, (4, 9), generator=torch.Generator().manual_seed(0))
+    for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        model(tokens).logsumexp(-1).sum().backward()
+        optimizer.step()
+        save_checkpoint(tmp_path / str(i), 1, model, optimizer, {})
+        assert load_newest(tmp_path / str(i), model, optimizer, device="cpu") == {"step": 1}
+    for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(RunDirectoryError, match="Resume with the version that the run was begun with"):
+            load_newest(tmp_path / str(1 - i), model, optimizer, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
