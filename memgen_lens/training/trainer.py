@@ -83,7 +83,7 @@ def train(
         RunDirectoryError: ``out`` holds a run already (and neither ``resume`` nor ``force``), holds one with other
             settings (``resume``), holds somebody else's file where one of the run's would be, is being written by
             another process, or cannot be written.
-        ModelError: The loss is not finite, or the device is not there, or the call stands in ``torch.inference_mode()``.
+        ModelError: The loss is not finite, the device is not there, or the call stands in ``torch.inference_mode()``.
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
