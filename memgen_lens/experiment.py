@@ -151,7 +151,9 @@ def _run(
 
     say(f"{training.stop_reason}; asking all prompts")
     outcomes = [
-        outcome for split in ("memorized", "rephrased", "heldout") for outcome in observe(model, task, split=split)
+        outcome
+        for split in ("memorized", "rephrased", "heldout")
+        for outcome in observe(model, task, split=split, progress=progress)
     ]
     pairs = collect_pairs(
         model,
@@ -159,6 +161,7 @@ def _run(
         seed=config.seed,
         shares=(analysis.select_share, analysis.tune_share),
         batch_size=analysis.batch_size,
+        progress=progress,
     )
     write_jsonl(directory / "outcomes.jsonl", [outcome.row() for outcome in outcomes])
     write_jsonl(directory / "pairs.jsonl", pairs.rows())
@@ -169,9 +172,9 @@ def _run(
     consistency: dict[str, Any] = {}
     probes, why = None, None
     try:
-        scores, probes = _find_and_predict(directory, config, model, pairs, say)
-        tables = _steer(directory, config, model, pairs, scores, say)
-        consistency = _compare(directory, config, model, pairs, tables["shift"].setting.site, say)
+        scores, probes = _find_and_predict(directory, config, model, pairs, say, progress)
+        tables = _steer(directory, config, model, pairs, scores, say, progress)
+        consistency = _compare(directory, config, model, pairs, tables["shift"].setting.site, say, progress)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
         why = str(error)
@@ -207,12 +210,18 @@ def _run(
 
 
 def _find_and_predict(
-    directory: Path, config: ExperimentConfig, model: Any, pairs: PromptPairs, say: Callable[[str], None]
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    say: Callable[[str], None],
+    progress: bool,
 ) -> tuple[dict[str, NeuronScores], ProbeReport]:
     """Score the neurons of every site and fit the probes; save both."""
     analysis = config.analysis
+    how = {"batch_size": analysis.batch_size, "progress": progress}
     sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
-    acts = record(model, pairs, sites, batch_size=analysis.batch_size)
+    acts = record(model, pairs, sites, **how)
     say(f"scoring neurons of {', '.join(sites)}")
     scores = {site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in sites}
     for score in scores.values():
@@ -230,12 +239,14 @@ def _steer(
     pairs: PromptPairs,
     scores: dict[str, NeuronScores],
     say: Callable[[str], None],
+    progress: bool,
 ) -> dict[str, SteeringTable]:
     """Choose both steerings on ``tune``, report them on ``test``, and see which layers matter; save all."""
     analysis, task = config.analysis, config.task
+    how = {"batch_size": analysis.batch_size, "progress": progress}
     candidates = [scores[site] for site in analysis.sites]
-    source = record(model, pairs, analysis.sites, batch_size=analysis.batch_size)
-    shared = {"top_fractions": analysis.top_fractions, "batch_size": analysis.batch_size}
+    source = record(model, pairs, analysis.sites, **how)
+    shared = {"top_fractions": analysis.top_fractions, **how}
     say("choosing site, fraction and alpha on the tune pairs")
     shifts = sweep_steering(
         model, task, pairs, candidates, alphas=analysis.alphas, positions=analysis.positions, **shared
@@ -260,7 +271,7 @@ def _steer(
             steer,
             n_controls=analysis.n_controls,
             seed=config.seed,
-            batch_size=analysis.batch_size,
+            **how,
         )
     shift = tables["shift"].setting
     by_layer = sweep_steering(
@@ -272,20 +283,27 @@ def _steer(
         alphas=(shift.alpha,),
         positions=(shift.positions,),
         layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
-        batch_size=analysis.batch_size,
+        **how,
     )
     write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
     return tables
 
 
 def _compare(
-    directory: Path, config: ExperimentConfig, model: Any, pairs: PromptPairs, site: str, say: Callable[[str], None]
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    site: str,
+    say: Callable[[str], None],
+    progress: bool,
 ) -> dict[str, Any]:
     """Compare the neurons of two halves of the pairs and, in a mixture, of its tasks; save both."""
     analysis = config.analysis
+    how = {"batch_size": analysis.batch_size, "progress": progress}
     say("comparing halves of the pairs" + (" and tasks" if len(task_names(pairs)) > 1 else ""))
     try:
-        halves = split_half(record(model, pairs, [site], batch_size=analysis.batch_size), site, seed=config.seed)
+        halves = split_half(record(model, pairs, [site], **how), site, seed=config.seed)
     except PairsError as error:
         return {"why": str(error)}
     tasks, why = None, None

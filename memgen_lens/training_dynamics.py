@@ -96,8 +96,8 @@ def dynamics(
     checkpoints = _checkpoints(directory, steps)
 
     shares = (analysis.select_share, analysis.tune_share)
-    pairs = collect_pairs(model, task, seed=seed, shares=shares, batch_size=analysis.batch_size)
-    acts = record(model, pairs, [site], batch_size=analysis.batch_size)
+    pairs = collect_pairs(model, task, seed=seed, shares=shares, batch_size=analysis.batch_size, progress=False)
+    acts = record(model, pairs, [site], batch_size=analysis.batch_size, progress=False)
     input_only = fit_probes(acts, site, seed=seed).input_only
     if setting is None:
         score = attribute(acts, site, n_permutations=analysis.n_permutations, seed=seed)
@@ -176,6 +176,7 @@ def _choose(
         alphas=analysis.alphas,
         positions=analysis.positions,
         batch_size=analysis.batch_size,
+        progress=False,
     )
     return choose_setting(rows).setting
 
@@ -190,7 +191,7 @@ def _measure(
     seed: int,
 ) -> dict[str, Any]:
     """Everything at one step."""
-    acts = record(model, pairs, [site], batch_size=analysis.batch_size)
+    acts = record(model, pairs, [site], batch_size=analysis.batch_size, progress=False)
     score = attribute(acts, site, n_permutations=analysis.n_permutations, seed=seed)
     steer = Steering.from_scores(score, setting.top_fraction, setting.alpha or 1.0, positions=setting.positions)
     judge = Judge.of(model, task, pairs, batch_size=analysis.batch_size)
@@ -213,7 +214,7 @@ def _measure(
 
 def _behavior(model: Any, task: Any, batch_size: int) -> dict[str, Rate]:
     asked = {
-        split: observe(model, task, split=split, batch_size=batch_size)
+        split: observe(model, task, split=split, batch_size=batch_size, progress=False)
         for split in ("validation", "memorized", "rephrased")
     }
     shown = {

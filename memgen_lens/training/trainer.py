@@ -247,7 +247,7 @@ def _measure(model: Any, task: Any) -> tuple[float, float, float]:
     """Rule's answers on validation prompts, recall of memorized ones, rule's answers on their rephrasings."""
 
     def rate(split: Any, behavior: Behavior) -> float:
-        outcomes = observe(model, task, split=split)
+        outcomes = observe(model, task, split=split, progress=False)
         return sum(outcome.behavior is behavior for outcome in outcomes) / len(outcomes)
 
     model.eval()

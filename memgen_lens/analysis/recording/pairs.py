@@ -18,6 +18,7 @@ def collect_pairs(
     seed: int,
     shares: tuple[float, float] = (0.4, 0.2),
     batch_size: int = 2048,
+    progress: bool = True,
 ) -> PromptPairs:
     """Pairs of a memorized prompt that the model recalls and a rephrasing of it that the model computes.
 
@@ -30,15 +31,17 @@ def collect_pairs(
         seed: Seed of the split.
         shares: Shares of the flipping items in ``select`` and ``tune``; the rest is ``test``.
         batch_size: Prompts in one forward pass.
+        progress: Show progress bars, should it take longer than two seconds.
 
     Returns:
         The pairs, with the number of items asked and flipped. There may be few or none: whoever needs a split
         refuses it below 8 pairs.
     """
-    asked = observe(model, task, split="memorized", batch_size=batch_size)
+    asked = observe(model, task, split="memorized", batch_size=batch_size, progress=progress)
     recalled = [outcome.item for outcome in asked if outcome.behavior is Behavior.MEMORIZATION]
     candidates = [(item, rephrased) for item in recalled for rephrased in task.rephrase(item)]
-    answers = observe_items(model, task, [rephrased for _, rephrased in candidates], batch_size=batch_size)
+    asked_again = [rephrased for _, rephrased in candidates]
+    answers = observe_items(model, task, asked_again, batch_size=batch_size, progress=progress)
     flips = [
         pair for pair, outcome in zip(candidates, answers, strict=True) if outcome.behavior is Behavior.GENERALIZATION
     ]

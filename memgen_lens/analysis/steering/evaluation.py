@@ -37,6 +37,7 @@ def evaluate_steering(
     n_controls: int = 20,
     seed: int = 0,
     batch_size: int = 2048,
+    progress: bool = True,
 ) -> SteeringTable:
     """What a steering does, both ways, on pairs that neither ranked its neurons nor chose its setting.
 
@@ -55,6 +56,7 @@ def evaluate_steering(
         n_controls: Draws of each control, at least 20.
         seed: Seed of the controls.
         batch_size: Rows in one forward pass.
+        progress: Show progress bars, should it take longer than two seconds.
 
     Returns:
         Rates with n and 95 % intervals that count items (`memgen_lens.core.stats.wilson`); controls as mean over draws
@@ -72,7 +74,7 @@ def evaluate_steering(
             received=str(n_controls),
             fix="Raise it.",
         )
-    judge = Judge.of(model, task, pairs, batch_size=batch_size)
+    judge = Judge.of(model, task, pairs, batch_size=batch_size, progress=progress)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     rng = np.random.default_rng(seed)
     controls = {name: control_draws(steer, name, n_controls, rng) for name in CONTROLS}
@@ -85,7 +87,7 @@ def evaluate_steering(
         n_neurons_by_layer=tuple(int(n) for n in steer.selected.sum(1)),
         to_generalization=rates["generalization"],
         to_memorization=rates["memorization"],
-        side_effects=_side_effects(model, task, steer, batch_size=batch_size),
+        side_effects=_side_effects(model, task, steer, batch_size=batch_size, progress=progress),
     )
 
 
@@ -110,6 +112,8 @@ def _rates(
         max_new_tokens=judge.max_new_tokens,
         pairs=index,
         batch_size=batch_size,
+        prepend_bos=judge.pairs.prepend_bos,
+        progress=judge.progress,
     )
     behaviors = [[judge.behavior(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
     forms = [[judge.has_memorized_form(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
@@ -179,7 +183,9 @@ def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) 
     return draws[:1] if name == "low_correlation" and steer.setting.mode == "patch" else draws
 
 
-def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_size: int) -> SideEffects:
+def _side_effects(
+    model: LensModel, task: Any | None, steer: Steering, *, batch_size: int, progress: bool
+) -> SideEffects:
     """Accuracy and next-token distribution on held-out generic prompts, unsteered and steered."""
     if task is None or steer.setting.mode == "patch":
         why = (
@@ -197,10 +203,11 @@ def _side_effects(model: LensModel, task: Any | None, steer: Steering, *, batch_
             toward=toward,
             max_new_tokens=task.max_answer_tokens,
             batch_size=batch_size,
+            progress=progress,
         )[0]
         return wilson([task.classify(i, o) is Behavior.GENERALIZATION for i, o in zip(items, outputs, strict=True)])
 
-    unsteered = observe_items(model, task, items, batch_size=batch_size)
+    unsteered = observe_items(model, task, items, batch_size=batch_size, progress=progress)
     return SideEffects(
         n=len(items),
         heldout_generalization=wilson([o.behavior is Behavior.GENERALIZATION for o in unsteered]).rate,

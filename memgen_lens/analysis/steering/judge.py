@@ -31,14 +31,18 @@ class Judge:
         pairs: Pairs whose items name both answers.
         task: The task, or None.
         max_new_tokens: Tokens that the longest answer needs.
+        progress: Whether progress is shown while prompts are completed.
     """
 
     pairs: PromptPairs
     task: Any | None
     max_new_tokens: int
+    progress: bool = False
 
     @classmethod
-    def of(cls, model: LensModel, task: Any | None, pairs: PromptPairs, *, batch_size: int) -> "Judge":
+    def of(
+        cls, model: LensModel, task: Any | None, pairs: PromptPairs, *, batch_size: int, progress: bool = False
+    ) -> "Judge":
         """Fill in answers that a user's pairs do not name from what the unsteered model says.
 
         Raises:
@@ -46,7 +50,7 @@ class Judge:
         """
         if task is not None:
             _refuse_two_judges(pairs)
-            return cls(pairs, task, task.max_answer_tokens)
+            return cls(pairs, task, task.max_answer_tokens, progress)
         answers = [a for item in pairs.memorized for a in (item.rule_answer, item.memorized_answer) if a is not None]
         all_given = len(answers) == 2 * len(pairs)
         budget = pairs.max_new_tokens
@@ -66,7 +70,7 @@ class Judge:
                 memorized=_fill(pairs.memorized, rule, recall),
                 generalized=_fill(pairs.generalized, rule, recall),
             )
-        return cls(pairs, None, budget)
+        return cls(pairs, None, budget, progress)
 
     def said(self, output: str) -> str:
         """What counts of an output: without a task, all before the first text that ends a completion."""
@@ -96,7 +100,8 @@ class Judge:
         wrong: dict[int, str] = {}
         for name, aim in (("memorized", Behavior.MEMORIZATION), ("generalized", Behavior.GENERALIZATION)):
             asked = [getattr(self.pairs, name)[i] for i in index]
-            outputs = _unsteered(model, asked, self.pairs, self.max_new_tokens, batch_size=batch_size)
+            how = {"batch_size": batch_size, "progress": self.progress}
+            outputs = _unsteered(model, asked, self.pairs, self.max_new_tokens, **how)
             shows = np.array([self.behavior(i, o) is aim for i, o in zip(asked, outputs, strict=True)], dtype=bool)
             for p in np.flatnonzero(~shows):
                 wrong.setdefault(int(p), _example(asked[p], name, outputs[p]))
@@ -130,10 +135,22 @@ class Judge:
 
 
 def _unsteered(
-    model: LensModel, items: Sequence[Item], pairs: PromptPairs, max_new_tokens: int, *, batch_size: int
+    model: LensModel,
+    items: Sequence[Item],
+    pairs: PromptPairs,
+    max_new_tokens: int,
+    *,
+    batch_size: int,
+    progress: bool = False,
 ) -> list[str]:
     return complete(
-        model, [i.prompt for i in items], max_new_tokens=max_new_tokens, batch_size=batch_size, stop=pairs.stop
+        model,
+        [i.prompt for i in items],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop=pairs.stop,
+        prepend_bos=pairs.prepend_bos,
+        progress=progress,
     )
 
 

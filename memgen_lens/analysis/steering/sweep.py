@@ -33,6 +33,7 @@ def sweep_steering(
     split: PairSplit = "tune",
     batch_size: int = 2048,
     use_cache: bool = True,
+    progress: bool = True,
 ) -> tuple[SweepRow, ...]:
     """Rates of every combination of site, fraction, alpha, layers and positions, both ways.
 
@@ -52,6 +53,7 @@ def sweep_steering(
         split: Pairs to sweep on.
         batch_size: Rows in one forward pass.
         use_cache: Keep keys and values while generating.
+        progress: Show progress bars, should it take longer than two seconds.
 
     Returns:
         One row a setting, in the order of scores, positions, layers, fractions, alphas.
@@ -78,7 +80,7 @@ def sweep_steering(
         for fraction in top_fractions
         for alpha in alphas
     ]
-    judge = Judge.of(model, task, pairs, batch_size=batch_size)
+    judge = Judge.of(model, task, pairs, batch_size=batch_size, progress=progress)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
 
     def outcomes(toward: Direction) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +95,8 @@ def sweep_steering(
             pairs=index,
             batch_size=batch_size,
             use_cache=use_cache,
+            prepend_bos=pairs.prepend_bos,
+            progress=progress,
         )
         # Most settings make a prompt say one of a few things: each is judged once.
         said = [dict.fromkeys(answers) for answers in zip(*outputs, strict=True)]

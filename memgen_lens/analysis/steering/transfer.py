@@ -74,6 +74,8 @@ def shift_rates(
             toward=toward,
             max_new_tokens=judge.max_new_tokens,
             batch_size=batch_size,
+            prepend_bos=judge.pairs.prepend_bos,
+            progress=judge.progress,
         )
         rows = [list(zip(items, row, strict=True)) for row in outputs]
         behaviors = np.array([[judge.behavior(i, o) for i, o in row] for row in rows], dtype=object)
