@@ -68,7 +68,7 @@ class Scripted:
     """What the protocol asks for and no more: continues a prompt that begins with digit d by d times 'a', then ends."""
 
     tokenizer = TASK.tokenizer
-    cfg = SimpleNamespace(n_layers=1, n_ctx=10)
+    cfg = SimpleNamespace(n_layers=1, n_ctx=10, d_vocab=23, n_heads=1, d_head=4)
     hook_dict: dict = {}  # noqa: RUF012
 
     def __init__(self) -> None:

@@ -75,7 +75,7 @@ def test_metrics_have_the_names_and_ranges_of_the_design(finished):
         "consistency",
         "timing_s",
     }
-    assert metrics["schema"] == 1 and metrics["preset"] == "small" and metrics["seed"] == 0
+    assert metrics["schema"] == 2 and metrics["preset"] == "small" and metrics["seed"] == 0
     behavior = metrics["behavior"]
     for name in ("heldout_generalization", "trained_memorization", "flip_rate"):
         assert_is_rate(behavior[name])

@@ -186,7 +186,7 @@ def scores_of(model: Any, site: str) -> NeuronScores:
     rng = np.random.default_rng(0)
     shape = (model.cfg.n_layers, width)
     rho = rng.uniform(-1, 1, shape)
-    return NeuronScores(site, 2 * rng.standard_normal(shape), rho, np.ones(shape), np.ones(shape), np.ones(shape), 8)
+    return NeuronScores(site, 2 * rng.standard_normal(shape), rho, np.ones(shape), np.ones(shape), np.ones(shape), 8, 8)
 
 
 def by_hand(steer: Steering, toward: str, answer: int) -> list[tuple[str, Any]]:

@@ -210,4 +210,4 @@ class TaskConsistency:
 
 def _matrix(value: dict[str, Any]) -> Matrix:
     figures = {name: np.array(value[name], dtype=float) for name in ("value", "low", "high")}
-    return Matrix(**figures, n=np.array(value["n"]))
+    return Matrix(**figures, n=np.array(value["n"]), n_items=np.array(value["n_items"]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memgen_lens.core.errors import ModelError
-from memgen_lens.core.files import cannot_write
+from memgen_lens.core.files import cannot_write, user_path
 from memgen_lens.core.quiet import quiet_imports
 from memgen_lens.models.build import own_random_state, require_device
 from memgen_lens.models.load import load_run_model
@@ -73,6 +73,7 @@ def load_model(
     if device is not None:
         require_device(device, call=_CALL)
     if isinstance(source, str | os.PathLike):
+        user_path(source, call=_CALL)  # refuses an empty one
         return _from_path(source, device or "cpu", kind, device_map, tokenizer)
     if device_map is not None:
         raise ModelError(
@@ -147,7 +148,7 @@ def save_bridge(model: Any, directory: str | Path) -> Path:
             received="one in TransformerLens' compatibility mode",
             fix="Save it before enable_compatibility_mode().",
         )
-    directory, hf = Path(directory), model.original_model
+    directory, hf = user_path(directory, call="save_model"), model.original_model
     inside = {name.replace("._original_component", ""): tensor for name, tensor in hf.state_dict().items()}
     config = copy.deepcopy(hf.config)
     with torch.device("meta"):
@@ -170,7 +171,7 @@ def _from_path(
     source: Any, device: str, dtype: torch.dtype | None, device_map: str | dict[str, Any] | None, tokenizer: Any
 ) -> Any:
     """The model of a path or a name."""
-    path = Path(source).expanduser()
+    path = user_path(source, call=_CALL)
     place = {"device": device, "dtype": dtype or torch.float32, "device_map": device_map}
     if path.is_file():
         return _bridge(*_read(str(path.parent), gguf=path, tokenizer=tokenizer, **place))

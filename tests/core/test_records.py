@@ -33,6 +33,8 @@ def probe_report() -> ProbeReport:
         learning_curve=({"n_pairs": 8.0, "auroc": 0.7},),
         n_train=20,
         n_test=10,
+        n_train_items=20,
+        n_test_items=10,
         probes=(object(), object(), object()),
     )
 

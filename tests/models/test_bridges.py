@@ -130,7 +130,7 @@ def test_models_of_half_precision_are_recorded_and_steered(kind, dtype):
 def scores_of(site: str, shape: tuple[int, ...]) -> NeuronScores:
     rng = np.random.default_rng(0)
     ones = np.ones(shape)
-    return NeuronScores(site, 2 * rng.standard_normal(shape), rng.uniform(-1, 1, shape), ones, ones, ones, 8)
+    return NeuronScores(site, 2 * rng.standard_normal(shape), rng.uniform(-1, 1, shape), ones, ones, ones, 8, 8)
 
 
 def steering(model: Any, site: str, positions: Any, *, alpha: float = 5.0) -> Steering:

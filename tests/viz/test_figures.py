@@ -66,9 +66,10 @@ def test_behavior_bars_are_the_shares_of_each_split_with_wilson_intervals(sample
     drawn = traces(figure)
     for name in ("generalization", "memorization", "other"):
         for position, split in enumerate(("memorized", "rephrased", "heldout")):
-            rate = wilson([o.behavior == name for o in outcomes if o.item.split == split])
+            shown = [o for o in outcomes if o.item.split == split]
+            rate = wilson([o.behavior == name for o in shown], [o.item.key for o in shown])
             assert drawn[name].x[position] == rate.rate
-            assert tuple(drawn[name].customdata[position]) == (rate.k, rate.n, *rate.ci95)
+            assert tuple(drawn[name].customdata[position]) == (rate.k, rate.n, *rate.ci95, rate.n_items)
     assert np.allclose(sum(np.array(trace.x) for trace in figure.data), 1)
 
 

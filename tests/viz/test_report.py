@@ -227,7 +227,7 @@ def test_null_figures_are_shown_as_dashes(directory):
     effects = replace(run.shift.side_effects, kl_nats=None, heldout_generalization_steered=None, why="no held-out")
     none = {"rate": None, "ci95": None}
     side = replace(run.shift.to_memorization, shift=none, memorized_form=none, controls={}, examples=())
-    metrics = {"schema": 1, "behavior": {"flip_rate": None, "why": "nothing was asked"}, "timing_s": {"train": None}}
+    metrics = {"schema": 2, "behavior": {"flip_rate": None, "why": "nothing was asked"}, "timing_s": {"train": None}}
     shift = replace(run.shift, side_effects=effects, to_memorization=side)
     text = Page(without_plotly(replace(run, metrics=metrics, shift=shift, patch=None, pairs=()))).text
     assert "nothing was asked" in text
@@ -238,7 +238,7 @@ def test_null_figures_are_shown_as_dashes(directory):
 def test_a_bare_run_without_prompts_settings_or_steering_is_still_reported(directory):
     run = read_run(directory)
     bare = replace(
-        run, config={}, metrics={"schema": 1}, history=(), outcomes=(), pairs=(), scores=(), probes=None, sweep=()
+        run, config={}, metrics={"schema": 2}, history=(), outcomes=(), pairs=(), scores=(), probes=None, sweep=()
     )
     text = Page(without_plotly(replace(bare, shift=None, patch=None))).text
     assert "did not ask both held-out and memorized prompts" in text
@@ -339,8 +339,10 @@ def test_pairs_that_were_cut_at_the_end_of_a_line_are_missed(samples, tmp_path):
 
 def test_another_version_of_the_format_is_refused(samples, tmp_path):
     directory = samples.write_run(tmp_path)
-    write_json(directory / "metrics.json", samples.metrics() | {"schema": 2})
-    with pytest.raises(RunDirectoryError, match="expected schema 1; received schema 2"):
+    write_json(directory / "metrics.json", samples.metrics() | {"schema": 1})
+    with pytest.raises(
+        RunDirectoryError, match=r"expected schema 2; received schema 1\..*count rows where they should"
+    ):
         report.write_report(directory)
 
 

@@ -21,7 +21,9 @@ MODEST = settings(max_examples=30, deadline=None)
 def activations(mem, gen, *, seed=0):
     """Recorded activations ``[pair, layer, neuron]`` that no model gave; all pairs may be scored with split=None."""
     n = len(mem)
-    pairs = mg.PromptPairs.from_strings(memorized=["M"] * n, generalized=["G"] * n, seed=seed)
+    pairs = mg.PromptPairs.from_strings(
+        memorized=[f"M{i}" for i in range(n)], generalized=[f"G{i}" for i in range(n)], seed=seed
+    )
     site = SiteActivations(mem.astype(np.float32), gen.astype(np.float32))
     nothing = np.zeros((n, 1, 1), dtype=np.float32)
     tokens = np.zeros((2 * n, 1), dtype=np.int64)

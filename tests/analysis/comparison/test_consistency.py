@@ -23,7 +23,9 @@ from memgen_lens.presets import ExperimentConfig
 def acts_of(mem: np.ndarray, gen: np.ndarray, items: list[int] | None = None) -> Activations:
     """Activations of one site ``x``, ``[pair, layer, neuron]``, on prompts that say nothing."""
     n = len(mem)
-    pairs = PromptPairs.from_strings(memorized=["m"] * n, generalized=["g"] * n, items=items)
+    pairs = PromptPairs.from_strings(
+        memorized=[f"m{i}" for i in range(n)], generalized=[f"g{i}" for i in range(n)], items=items
+    )
     side = SiteActivations(mem.astype(np.float32), gen.astype(np.float32))
     return Activations({"x": side}, pairs, side, np.zeros((2 * n, 1), dtype=np.int64))
 

@@ -22,7 +22,9 @@ CHANCE = pytest.approx(0.5, abs=0.2)
 def activations(mem, gen, *, items=None, tokens=None):
     """Recorded activations ``[pair, layer, neuron]`` and tokens ``[2 * pair, pos]`` that no model gave."""
     n = len(mem)
-    pairs = mg.PromptPairs.from_strings(memorized=["M"] * n, generalized=["G"] * n, items=items)
+    pairs = mg.PromptPairs.from_strings(
+        memorized=[f"M{i}" for i in range(n)], generalized=[f"G{i}" for i in range(n)], items=items
+    )
     nothing = np.zeros((n, 1, 1), dtype=np.float32)
     return Activations(
         {"post": SiteActivations(mem.astype(np.float32), gen.astype(np.float32))},
