@@ -187,11 +187,14 @@ def test_the_tasks_of_a_mixture_are_compared_and_saved(tmp_path):
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
     model, pairs = planted_tasks.build_model(shared=True), planted_tasks.prompt_pairs()
     said = []
-    metrics = experiment_module._compare(tmp_path, config, model, pairs, "post", said.append)
+    metrics = experiment_module._compare(tmp_path, config, model, pairs, "post", said.append, False)
     assert said == ["comparing halves of the pairs and tasks"]
     across = metrics["across_tasks"]
     assert across["tasks"] == ("a", "b") or across["tasks"] == ["a", "b"]
-    assert across["to_generalization"]["value"] == [[1, 1], [1, 1]] and across["to_generalization"]["n"][0] == [24, 24]
+    asked = [len(pairs.of_task(name).of("test")) for name in ("a", "b")]
+    assert across["to_generalization"]["value"] == [[1, 1], [1, 1]] and across["to_generalization"]["n"][0] == asked
+    items = [len(set(part.item[part.of("test")].tolist())) for part in map(pairs.of_task, ("a", "b"))]
+    assert across["to_generalization"]["n_items"] == [items, items]
     written = read_json(tmp_path / "consistency.json")
     saved = TaskConsistency.from_json(written["across_tasks"])
     assert saved.overlap.value.tolist() == across["overlap"]["value"]
@@ -203,15 +206,13 @@ def test_tasks_that_cannot_be_compared_leave_the_reason(tmp_path):
     few = pairs.take(np.arange(65))  # five of the second task
     model = planted_tasks.build_model(shared=True)
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
-    metrics = experiment_module._compare(tmp_path, config, model, few, "post", lambda line: None)
+    metrics = experiment_module._compare(tmp_path, config, model, few, "post", lambda line: None, False)
     assert "expected at least two tasks" in metrics["across_tasks"]["why"]
     assert read_json(tmp_path / "consistency.json")["across_tasks"] == metrics["across_tasks"]
-    assert (
-        "at least 16 items"
-        in experiment_module._compare(tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None)[
-            "why"
-        ]
+    few = experiment_module._compare(
+        tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None, False
     )
+    assert "at least 16 items" in few["why"]
 
 
 def test_force_removes_the_former_run_and_leaves_other_files(tmp_path):

@@ -68,9 +68,9 @@ class PromptPairs:
         *,
         rule_answers: Sequence[str] | None = None,
         memorized_answers: Sequence[str] | None = None,
-        items: Sequence[int | str] | None = None,
+        items: Sequence[Any] | None = None,
         prepend_bos: bool | None = None,
-        shares: tuple[float, float] = (0.4, 0.2),
+        shares: Sequence[float] = (0.4, 0.2),
         seed: int = 0,
         match: Match = "prefix",
         stop: str | Sequence[str] = (),
@@ -323,7 +323,7 @@ def _check_judging(
             )
 
 
-def split_items(keys: Sequence[int], *, shares: tuple[float, float], seed: int) -> Shaped[np.ndarray, " pair"]:
+def split_items(keys: Sequence[int], *, shares: Sequence[float], seed: int) -> Shaped[np.ndarray, " pair"]:
     """Deal items to ``select``, ``tune`` and ``test`` at random; all rows of one item get its split.
 
     Raises:

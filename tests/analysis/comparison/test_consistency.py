@@ -291,7 +291,9 @@ def test_probes_tell_their_own_task_and_another_only_where_it_shares_the_neuron(
     assert (other == 1).all() if shared else (other < 0.85).all()
     assert found.probe_layers == (planted_tasks.LAYER,) * 2
     assert (found.probe.low <= found.probe.value).all() and (found.probe.value <= found.probe.high).all()
-    assert (found.probe.n == 48).all()
+    # Both prompts of every test pair; prompts that are drawn twice are one item, and their pairs stay together.
+    tests = [2 * found.n_pairs[name]["test"] for name in found.tasks]
+    assert found.probe.n.tolist() == [tests, tests] and (found.probe.n_items <= found.probe.n / 2).all()
 
 
 def test_steering_switches_another_task_only_where_it_shares_the_neuron(two_tasks):

@@ -225,7 +225,9 @@ def test_one_probe_alone_is_the_pipeline():
 
 @pytest.mark.parametrize(("n_pairs", "split"), [(10, "select"), (30, "tune"), (12, "select")])
 def test_too_few_pairs_in_any_split_are_refused(n_pairs, split):
-    with pytest.raises(PairsError, match=rf"split '{split}': expected at least 8 pairs; received \d \({n_pairs} of"):
+    with pytest.raises(
+        PairsError, match=rf"split '{split}': expected at least 8 pairs; received \d \({n_pairs} pairs in all"
+    ):
         mg.fit_probes(activations(*noise(n_pairs)), "post")
 
 
