@@ -75,7 +75,8 @@ def _wilson_ends(rate: float, n: float) -> tuple[float, float]:
     z = float(norm.ppf(0.975))
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    # Rounding must not leave the rate itself outside: at 0 and 1 an end is the rate.
+    return max(0.0, min(float(middle - half), rate)), min(1.0, max(float(middle + half), rate))
 
 
 def mean_of_draws(values: Any) -> dict[str, Any]:

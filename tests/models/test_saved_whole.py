@@ -8,6 +8,8 @@ import memgen_lens as mg
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.models import load_model, save_model
 
+pytestmark = helpers.hooked_only  # every kind of HookedTransformer; native Bridges are float32 and of few kinds
+
 TASK = helpers.tiny_task()
 TOKENS = torch.randint(len(TASK.tokenizer), (3, 9), generator=torch.Generator().manual_seed(0))
 CONFIGURATIONS = [
