@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, pretrained, probes, startup, steering, training, waiting
+from benchmarks import attribution, null, pretrained, probes, startup, steering, training, waiting
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
@@ -20,7 +20,7 @@ ROWS = {
     "probes": probes.rows,
     "pretrained": pretrained.rows,
 }
-OTHERS = ("waiting", "startup")
+OTHERS = ("waiting", "startup", "null")
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     chosen = parser.parse_args()
     parts = chosen.parts or [*ROWS, *OTHERS]
+    if parts == ["null"]:  # no timing: nothing of the machine matters
+        print(null.measure())
+        return
     rates = matmul_rates(chosen.threads)
     print("matrix products:", ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in rates.items()))
     results, waits, neighbours = [], [], []
@@ -39,6 +42,9 @@ def main() -> None:
             waits = startup.measure()
             for wait in waits:
                 print(f"{wait['command']}: {wait['median']:.2f} s [{wait['min']:.2f}, {wait['max']:.2f}]")
+            continue
+        if part == "null":
+            print(null.measure(), flush=True)
             continue
         if part == "waiting":
             neighbours = waiting.measure(threads=chosen.threads)
