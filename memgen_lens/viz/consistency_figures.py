@@ -14,7 +14,20 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
-from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, SITE_COLORS, layer_axis, sequential, themed
+from memgen_lens.viz.theme import (
+    BEHAVIOR_COLORS,
+    INK,
+    MUTED,
+    SHARE_AXIS,
+    SITE_COLORS,
+    UNKNOWN,
+    counted,
+    drawn,
+    extreme,
+    layer_axis,
+    sequential,
+    themed,
+)
 
 STEERING_PANELS = (
     ("to_generalization", "to_generalization_other", "towards generalization: the rule's answer", "generalization"),
@@ -46,7 +59,7 @@ def split_half(result: SplitHalf) -> go.Figure:
         (2, "labels swapped", result.null_overlap, MUTED),
     )
     for row, name, values, color in rows:
-        there = values[~np.isnan(values)]
+        there = values[np.isfinite(values)]
         figure.add_box(
             x=there.tolist(),
             y=[name] * len(there),
@@ -75,10 +88,10 @@ def split_half(result: SplitHalf) -> go.Figure:
         col=1,  # pyright: ignore
     )
     figure.update_yaxes(autorange="reversed", ticks="", showline=False)
-    low = min(-0.02, float(np.nanmin([*result.null_spearman, *result.spearman])) - 0.05)
+    low = min(-0.02, extreme([*result.null_spearman, *result.spearman], np.nanmin, 0.0) - 0.05)
     figure.update_xaxes(range=[low, 1.02], row=1, col=1)
     figure.update_xaxes(title_text=f"over {len(result.spearman)} random halvings", **SHARE_AXIS, row=2, col=1)
-    title = f"Split half: {escape(result.site)} ({result.n_pairs} pairs)"
+    title = f"Split half: {escape(result.site)} ({counted(result.n_pairs, result.n_items, 'pairs')})"
     return themed(figure, title, height=390)
 
 
@@ -101,7 +114,7 @@ def seed_profiles(result: SeedConsistency) -> go.Figure:
         for column, values in ((1, result.top_share), (2, result.max_abs_rho)):
             figure.add_scatter(
                 x=list(range(values.shape[1])),
-                y=values[number].tolist(),
+                y=drawn(values[number]),
                 name=f"seed {escape(seed)}",
                 legendgroup=seed,
                 showlegend=column == 1,
@@ -131,13 +144,13 @@ def task_overlap(result: TaskConsistency) -> go.Figure:
     chance = _cells(
         result,
         lambda i, j: (
-            f"95 % [{overlap.low[i, j]:.1%}, {overlap.high[i, j]:.1%}], {overlap.n[i, j]} pairs"
-            f"<br>by chance {result.overlap_expected[i, j]:.1%} (p {result.overlap_p[i, j]:.2g})"
-            f"<br>within layers {result.overlap_expected_within_layers[i, j]:.1%}"
-            f" (p {result.overlap_p_within_layers[i, j]:.2g})"
+            f"{_interval(overlap, i, j, '.1%')}, {_counted(overlap, i, j, 'pairs')}"
+            f"<br>by chance {_text(result.overlap_expected[i, j], '.1%')} (p {_text(result.overlap_p[i, j], '.2g')})"
+            f"<br>within layers {_text(result.overlap_expected_within_layers[i, j], '.1%')}"
+            f" (p {_text(result.overlap_p_within_layers[i, j], '.2g')})"
         ),
     )
-    ends = _cells(result, lambda i, j: f"95 % [{rank.low[i, j]:.3f}, {rank.high[i, j]:.3f}], {rank.n[i, j]} pairs")
+    ends = _cells(result, lambda i, j: f"{_interval(rank, i, j, '.3f')}, {_counted(rank, i, j, 'pairs')}")
     panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of rho")
     figure = _panels(result, panels)
     beside = ("chance", result.overlap_expected_within_layers)
@@ -162,8 +175,8 @@ def probe_transfer(result: TaskConsistency) -> go.Figure:
     hover = _cells(
         result,
         lambda i, j: (
-            f"95 % [{result.probe.low[i, j]:.3f}, {result.probe.high[i, j]:.3f}], "
-            f"{result.probe.n[i, j]} prompts, layer {result.probe_layers[i]}"
+            f"{_interval(result.probe, i, j, '.3f')}, {_counted(result.probe, i, j, 'prompts')}, "
+            f"layer {result.probe_layers[i]}"
         ),
     )
     _draw(figure, result, result.probe.value, text, hover, "AUROC", _diverging(), (0.0, 1.0), 1)
@@ -187,8 +200,8 @@ def steering_transfer(result: TaskConsistency) -> go.Figure:
         def hover(i: int, j: int, matrix: Matrix = matrix, random: Any = random, others: Any = others) -> str:
             setting = result.settings[i]
             return (
-                f"95 % [{matrix.low[i, j]:.1%}, {matrix.high[i, j]:.1%}], {matrix.n[i, j]} prompts"
-                f"<br>random neurons {random[i, j]:.1%}, other {others[i, j]:.1%}"
+                f"{_interval(matrix, i, j, '.1%')}, {_counted(matrix, i, j, 'prompts')}"
+                f"<br>random neurons {_text(random[i, j], '.1%')}, other {_text(others[i, j], '.1%')}"
                 f"<br>top {100 * setting.top_fraction:g} %, alpha {setting.alpha:g}, positions {setting.positions}"
             )
 
@@ -224,7 +237,7 @@ def _draw(
     row: int = 1,
 ) -> None:
     figure.add_heatmap(
-        z=[[None if np.isnan(value) else float(value) for value in line] for line in values],
+        z=drawn(values),
         text=text,
         texttemplate="%{text}",
         customdata=hover,
@@ -266,13 +279,26 @@ def _with_interval(matrix: Matrix, form: str, beside: tuple[str, np.ndarray] | N
     scale, digits = (100, 0) if form.endswith("%") else (1, 2)
 
     def cell(i: int, j: int) -> str:
-        if np.isnan(matrix.value[i, j]):
-            return "–"
-        ends = f"[{scale * matrix.low[i, j]:.{digits}f}, {scale * matrix.high[i, j]:.{digits}f}]"
-        below = "" if beside is None else f"<br>{beside[0]} {beside[1][i, j]:.0%}"
+        if not np.isfinite(matrix.value[i, j]):
+            return UNKNOWN
+        ends = "[" + ", ".join(_text(scale * end[i, j], f".{digits}f") for end in (matrix.low, matrix.high)) + "]"
+        below = "" if beside is None else f"<br>{beside[0]} {_text(beside[1][i, j], '.0%')}"
         return f"{format(matrix.value[i, j], form)}<br>{ends}{below}"
 
     return [[cell(i, j) for j in range(n_columns)] for i in range(n_rows)]
+
+
+def _text(value: Any, form: str) -> str:
+    """A number as text, or a dash where there is none."""
+    return format(value, form) if np.isfinite(value) else UNKNOWN
+
+
+def _interval(matrix: Matrix, i: int, j: int, form: str) -> str:
+    return f"95 % [{_text(matrix.low[i, j], form)}, {_text(matrix.high[i, j], form)}]"
+
+
+def _counted(matrix: Matrix, i: int, j: int, what: str) -> str:
+    return counted(int(matrix.n[i, j]), int(matrix.n_items[i, j]), what)
 
 
 def _diverging() -> list[list[float | str]]:

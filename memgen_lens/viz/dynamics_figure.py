@@ -12,7 +12,19 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
-from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, SITE_COLORS, faded, layer_axis, themed
+from memgen_lens.viz.theme import (
+    BEHAVIOR_COLORS,
+    INK,
+    MUTED,
+    SHARE_AXIS,
+    SITE_COLORS,
+    drawn,
+    extreme,
+    faded,
+    finite,
+    layer_axis,
+    themed,
+)
 
 PROFILES = ("abs(NMD) in SD: max, mean (dashed)", "abs(rho): max, 95th pct. (dashed)", "probe AUROC (test pairs)")
 
@@ -75,12 +87,12 @@ def dynamics(result: Dynamics, *, threshold: float = 0.9) -> go.Figure:
             }
         ],
     )
-    n = result.n_pairs["test"]
     figure.update_xaxes(title_text="optimizer steps", row=2, col=1)
     span = float(result.steps[-1] - result.steps[0]) or 1.0
     for row in (1, 2):
         figure.update_xaxes(range=[result.steps[0] - 0.02 * span, result.steps[-1] + 0.02 * span], row=row, col=1)
         figure.update_yaxes(title_text="share of prompts", **SHARE_AXIS, row=row, col=1)
+    n = result.n_pairs["test"]
     figure = themed(figure, f"Dynamics: {escape(result.site)} ({n} test pairs)", height=900)
     return figure.update_layout(margin={"b": 150})
 
@@ -101,14 +113,14 @@ def _draw_rates(figure: go.Figure, result: Dynamics) -> None:
         _draw_band(figure, result, series, color, row)
         figure.add_scatter(
             x=result.steps.tolist(),
-            y=_plain(series.rate),
+            y=drawn(series.rate),
             name=name,
             mode="lines+markers",
             line={"color": color, "dash": dash},
             marker={"size": 5},
-            customdata=[_plain(column) for column in np.stack([series.low, series.high, series.n], axis=1)],
+            customdata=drawn(np.stack([series.low, series.high, series.n, series.n_items], axis=1)),
             hovertemplate=f"{name}: %{{y:.1%}} [%{{customdata[0]:.1%}}, %{{customdata[1]:.1%}}]"
-            "<br>step %{x}, n = %{customdata[2]}<extra></extra>",
+            "<br>step %{x}, n = %{customdata[2]} of %{customdata[3]} items<extra></extra>",
             row=row,
             col=1,
         )
@@ -116,7 +128,7 @@ def _draw_rates(figure: go.Figure, result: Dynamics) -> None:
     for (name, values), color in zip(result.random_neurons.items(), names.values(), strict=True):
         figure.add_scatter(
             x=result.steps.tolist(),
-            y=_plain(values),
+            y=drawn(values),
             name="random neurons",
             legendgroup="random",
             showlegend=name == "to_generalization",
@@ -129,7 +141,7 @@ def _draw_rates(figure: go.Figure, result: Dynamics) -> None:
 
 
 def _draw_band(figure: go.Figure, result: Dynamics, series: RateSeries, color: str, row: int) -> None:
-    there = np.flatnonzero(~np.isnan(series.rate))
+    there = np.flatnonzero(np.isfinite([series.rate, series.low, series.high]).all(0))
     x = result.steps[there].tolist()
     figure.add_scatter(
         x=[*x, *x[::-1]],
@@ -154,7 +166,7 @@ def _draw_profiles(figure: go.Figure, result: Dynamics, last: int) -> list[int]:
         shared = {"x": layers, "mode": "lines+markers", "row": 3, "col": column}
         figure.add_scatter(
             **shared,
-            y=values[last].tolist(),
+            y=drawn(values[last]),
             name="last step",
             legendgroup="last",
             showlegend=column == 3,
@@ -165,7 +177,7 @@ def _draw_profiles(figure: go.Figure, result: Dynamics, last: int) -> list[int]:
         moving.append(len(tuple(figure.select_traces())))
         figure.add_scatter(
             **shared,
-            y=values[last].tolist(),
+            y=drawn(values[last]),
             name=name,
             showlegend=False,
             line={"color": color, "dash": dash},
@@ -183,8 +195,8 @@ def _draw_profiles(figure: go.Figure, result: Dynamics, last: int) -> list[int]:
         row=3,  # pyright: ignore
         col=3,  # pyright: ignore
     )
-    top = float(result.nmd_max_in_sd.max()) * 1.05 or 1.0
-    low = float(min(result.auroc_low.min(), baseline, 0.5))
+    top = extreme(result.nmd_max_in_sd, np.nanmax, 0.0) * 1.05 or 1.0
+    low = extreme([*result.auroc_low.flat, baseline, 0.5], np.nanmin, 0.5)
     for column, span in ((1, [-0.02 * top, top]), (2, [-0.02, 1.02]), (3, [low - 0.03, 1.02])):
         layer_axis(figure.update_xaxes, n_layers, row=3, col=column)
         figure.update_yaxes(range=span, row=3, col=column)
@@ -203,19 +215,16 @@ def _profiles(result: Dynamics) -> tuple[tuple[int, Float[np.ndarray, "step laye
 
 def _errors(result: Dynamics, i: int) -> dict[str, Any]:
     """Error bars of the probes at one step; a bootstrap interval can miss its estimate, a bar cannot be negative."""
-    above, below = result.auroc_high[i] - result.auroc[i], result.auroc[i] - result.auroc_low[i]
-    return {"array": above.clip(0).tolist(), "arrayminus": below.clip(0).tolist(), "thickness": 1.5}
+    low, value, high = (finite(ends[i]) for ends in (result.auroc_low, result.auroc, result.auroc_high))
+    above, below = high - value, value - low
+    return {"array": drawn(above.clip(0)), "arrayminus": drawn(below.clip(0)), "thickness": 1.5}
 
 
 def _step(result: Dynamics, i: int, moving: list[int]) -> dict[str, Any]:
     """What the slider does on arriving at a step: move the profiles and the two marker lines."""
     step = int(result.steps[i])
-    values = [values[i].tolist() for _, values, *_ in _profiles(result)]
+    values = [drawn(values[i]) for _, values, *_ in _profiles(result)]
     errors = _errors(result, i)
     bars = {f"error_y.{name}": [None] * (len(moving) - 1) + [errors[name]] for name in ("array", "arrayminus")}
     lines = {f"shapes[{line}].x{end}": step for line in (0, 1) for end in (0, 1)}
     return {"label": f"{step:,}", "method": "update", "args": [{"y": values, **bars}, lines, moving]}
-
-
-def _plain(values: Float[np.ndarray, " entry"]) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]

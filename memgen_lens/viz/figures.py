@@ -6,6 +6,7 @@ recorded.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any, Literal
 
@@ -36,8 +37,13 @@ from memgen_lens.viz.theme import (
     SHARE_AXIS,
     SITE_COLORS,
     at_least_one,
+    counted,
+    drawn,
+    extreme,
     faded,
+    finite,
     layer_axis,
+    over_neurons,
     themed,
 )
 
@@ -86,7 +92,7 @@ def training_curves(history: Sequence[Evaluation], *, loss_axis: Literal["log", 
     for field, name, behavior, dash in curves:
         figure.add_scatter(
             x=steps,
-            y=[getattr(row, field) for row in history],
+            y=drawn([getattr(row, field) for row in history]),
             name=name,
             mode="lines+markers",
             line={"color": BEHAVIOR_COLORS[behavior], "dash": dash},
@@ -95,7 +101,7 @@ def training_curves(history: Sequence[Evaluation], *, loss_axis: Literal["log", 
         )
     figure.add_scatter(
         x=steps,
-        y=[row.loss for row in history],
+        y=drawn([row.loss for row in history]),
         name="loss",
         mode="lines+markers",
         line={"color": BEHAVIOR_COLORS["other"], "width": 1.5, "dash": "dot"},
@@ -189,18 +195,18 @@ def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
         )
     width = 1 if top is not None else -(-n_neurons // MAX_COLUMNS)
     if top is not None:
-        columns = np.sort(np.argsort(-np.abs(scores.nmd).max(0), kind="stable")[:top])
+        columns = np.sort(np.argsort(-_size(scores.nmd).max(0), kind="stable")[:top])
         neuron = np.broadcast_to(columns, (n_layers, top))
     else:
         neuron = _strongest(scores.nmd, width)
     nmd, rho, q = (np.take_along_axis(a, neuron, 1) for a in (scores.nmd, scores.rho, scores.q))
-    limit = float(np.quantile(np.abs(scores.nmd), 0.999)) or 1.0
+    limit = extreme(np.abs(scores.nmd), partial(np.nanquantile, q=0.999), 1.0) or 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=nmd.astype(np.float32),
+            z=finite(nmd).astype(np.float32),
             x=[str(i) for i in neuron[0]] if top is not None else np.arange(neuron.shape[1]) * width,
             y=np.arange(n_layers),
-            customdata=np.stack([neuron, rho, q], axis=-1).astype(np.float32),
+            customdata=finite(np.stack([neuron, rho, q], axis=-1)).astype(np.float32),
             colorscale=DIVERGING,
             zmid=0,
             zmin=-limit,
@@ -213,7 +219,7 @@ def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
     unit = "neuron" if width == 1 else f"neuron (strongest of each {width} neighbours)"
     figure.update_xaxes(title_text=unit, showgrid=False, nticks=12, type="category" if top is not None else "linear")
     layer_axis(figure.update_yaxes, n_layers, showgrid=False)
-    title = f"NMD, {escape(scores.site)} ({scores.n_pairs} pairs)"
+    title = f"NMD, {escape(scores.site)} ({counted(scores.n_pairs, scores.n_items, 'pairs')})"
     return themed(figure, title, height=min(180 + 26 * n_layers, 720))
 
 
@@ -232,9 +238,9 @@ def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
     for number, site in enumerate(sites):
         size = np.abs(site.rho)
         lines = {
-            "max": size.max(1),
-            "95th pct.": np.quantile(size, 0.95, axis=1),
-            "median": np.median(size, axis=1),
+            "max": over_neurons(np.nanmax, size),
+            "95th pct.": over_neurons(np.nanquantile, size, q=0.95),
+            "median": over_neurons(np.nanmedian, size),
         }
         for (name, values), dash in zip(lines.items(), ("solid", "dash", "dot"), strict=True):
             figure.add_scatter(
@@ -273,7 +279,7 @@ def probe_by_layer(report: ProbeReport) -> go.Figure:
     for name, value, (low, high), color, dash in baselines:
         figure.add_scatter(
             x=[*span, *span[::-1]],
-            y=[low, low, high, high],
+            y=drawn([low, low, high, high]),
             fill="toself",
             fillcolor=faded(color, 0.12),
             line={"width": 0},
@@ -284,15 +290,15 @@ def probe_by_layer(report: ProbeReport) -> go.Figure:
         )
         figure.add_scatter(
             x=span,
-            y=[value, value],
+            y=drawn([value, value]),
             name=name,
             legendgroup=name,
             mode="lines",
             line={"color": color, "dash": dash, "width": 1.5},
             hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
         )
-    values = np.array([scores.auroc for scores in report.by_layer])
-    low, high = np.array([scores.auroc_ci95 for scores in report.by_layer]).T
+    values = finite([scores.auroc for scores in report.by_layer])
+    low, high = finite([scores.auroc_ci95 for scores in report.by_layer]).T
     figure.add_scatter(
         x=np.arange(n_layers),
         y=values,
@@ -307,7 +313,7 @@ def probe_by_layer(report: ProbeReport) -> go.Figure:
     )
     layer_axis(figure.update_xaxes, n_layers)
     figure.update_yaxes(title_text="AUROC on test pairs")
-    return themed(figure, f"Probe by layer ({report.n_test} test pairs)", height=400)
+    return themed(figure, f"Probe by layer ({counted(report.n_test, report.n_test_items, 'test pairs')})", height=400)
 
 
 def learning_curve(report: ProbeReport) -> go.Figure:
@@ -320,7 +326,7 @@ def learning_curve(report: ProbeReport) -> go.Figure:
     figure = go.Figure(
         go.Scatter(
             x=[point["n_pairs"] for point in report.learning_curve],
-            y=[point["auroc"] for point in report.learning_curve],
+            y=drawn([point["auroc"] for point in report.learning_curve]),
             mode="lines+markers",
             line={"color": INK},
             marker={"size": 8},
@@ -337,10 +343,15 @@ def learning_curve(report: ProbeReport) -> go.Figure:
 
 def _decades(values: Sequence[float]) -> list[float]:
     """Ticks of a log axis: powers of ten, with 2 and 5 between them where there are few."""
-    positive = [value for value in values if value > 0] or [1.0]
+    positive = [value for value in values if 0 < value < np.inf] or [1.0]
     low, high = np.floor(np.log10(min(positive))), np.ceil(np.log10(max(positive)))
     steps = (1, 2, 5) if high - low <= 2 else (1,)
     return [float(f"{step}e{int(power)}") for power in np.arange(low, high + 1) for step in steps]
+
+
+def _size(nmd: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer neuron"]:
+    """Abs(nmd) to choose by; below any other where it is not finite."""
+    return np.nan_to_num(np.abs(finite(nmd)), nan=-0.5)
 
 
 def _strongest(nmd: Float[np.ndarray, "layer neuron"], width: int) -> Int[np.ndarray, "layer column"]:
@@ -348,5 +359,5 @@ def _strongest(nmd: Float[np.ndarray, "layer neuron"], width: int) -> Int[np.nda
     n_layers, n_neurons = nmd.shape
     n_columns = -(-n_neurons // width)
     size = np.full((n_layers, n_columns * width), -1.0)
-    size[:, :n_neurons] = np.abs(nmd)
+    size[:, :n_neurons] = _size(nmd)
     return size.reshape(n_layers, n_columns, width).argmax(-1) + np.arange(n_columns) * width

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.io import to_html
@@ -211,7 +212,7 @@ def _examples(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def _site(scores: NeuronScores) -> dict[str, Any]:
     """A site's line in the table of neurons: how many differ, and the one that differs most."""
-    layer, neuron = divmod(int(abs(scores.rho).argmax()), scores.rho.shape[1])
+    layer, neuron = divmod(int(np.nan_to_num(abs(scores.rho), nan=-1).argmax()), scores.rho.shape[1])
     return {
         "site": scores.site,
         "n": scores.rho.size,

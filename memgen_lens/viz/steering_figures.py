@@ -5,16 +5,28 @@ Public through `memgen_lens.viz.figures`. Does not choose settings: analysis doe
 
 from collections.abc import Sequence
 from html import escape
+from math import inf, isfinite
 from textwrap import shorten, wrap
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import Positions
-from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, at_least_one, sequential, themed
+from memgen_lens.viz.theme import (
+    BEHAVIOR_COLORS,
+    INK,
+    MUTED,
+    SHARE_AXIS,
+    at_least_one,
+    counted,
+    drawn,
+    sequential,
+    themed,
+)
 
 REACHED = {"generalization": "the rule's answer", "memorization": "exact recall"}
 """What counts as a success of steering, by the behaviour steered towards."""
@@ -37,7 +49,7 @@ def steering_rates(table: SteeringTable) -> go.Figure:
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.16,
-        subplot_titles=[f"towards {side.toward} ({_counted(side.n, side.n_items)})" for side in sides],
+        subplot_titles=[f"towards {side.toward} ({counted(side.n, side.n_items)})" for side in sides],
     )
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     for row, side in enumerate(sides, start=1):
@@ -78,8 +90,8 @@ def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
     )
     for kind, (name, color, symbol, shift) in enumerate(kinds):
         points = [line[kind] for line in lines.values()]
-        drawn = [(y + shift, *point) for y, point in enumerate(points) if point is not None]
-        y, x, low, high = zip(*drawn, strict=True) if drawn else ((), (), (), ())
+        there = [(y + shift, *point) for y, point in enumerate(points) if point is not None]
+        y, x, low, high = zip(*there, strict=True) if there else ((), (), (), ())
         figure.add_scatter(
             x=x,
             y=y,
@@ -112,9 +124,10 @@ def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
 def _point(block: dict[str, Any], key: str) -> tuple[float, float, float] | None:
     """A value and its interval, clipped to hold it; None where the value could not be computed."""
     value = block.get(key)
-    if value is None:
+    if value is None or not isfinite(value):
         return None
     low, high = block.get("ci95") or (value, value)
+    low, high = (end if isfinite(end) else value for end in (low, high))
     return value, min(low, value), max(high, value)
 
 
@@ -143,7 +156,7 @@ def steering_sweep(
     """
     whole = [row for row in rows if row.layers is None]
     at_least_one(whole, "steering_sweep(rows)", "row for all layers")
-    best = max(whole, key=lambda row: row.gain).setting
+    best = max(whole, key=lambda row: row.gain if isfinite(row.gain) else -inf).setting
     wanted = (site or (chosen or best).site, positions or (chosen or best).positions)
     grid = [row for row in whole if (row.setting.site, row.setting.positions) == wanted]
     if not grid:
@@ -173,7 +186,7 @@ def steering_sweep(
     for number, (field, title, behavior) in enumerate(panels, start=1):
         cells = [[found.get((fraction, alpha)) for alpha in alphas] for fraction in fractions]
         figure.add_heatmap(
-            z=[[None if cell is None else getattr(cell, field) for cell in line] for line in cells],
+            z=drawn([[np.nan if cell is None else getattr(cell, field) for cell in line] for line in cells]),
             x=["patch" if alpha is None else f"{alpha:g}" for alpha in alphas],
             y=[f"{100 * fraction:g} %" for fraction in fractions],
             customdata=[[_others(cell) for cell in line] for line in cells],
@@ -197,7 +210,7 @@ def steering_sweep(
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", title_text="top fraction")
     figure.update_xaxes(title_text="alpha (multiples of abs(NMD))", row=3, col=1)
-    title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” ({_counted(grid[0].n, grid[0].n_items)})"
+    title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” ({counted(grid[0].n, grid[0].n_items)})"
     return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
 
 
@@ -206,7 +219,7 @@ def _place(setting: SteeringSetting) -> tuple[str, str]:
 
 
 def _others(row: SweepRow | None) -> list[float | None]:
-    return [None, None] if row is None else [row.to_generalization_other, row.to_memorization_other]
+    return [None, None] if row is None else drawn([row.to_generalization_other, row.to_memorization_other])
 
 
 def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
@@ -230,13 +243,15 @@ def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
     for field, name, behavior, pattern in bars:
         figure.add_bar(
             x=labels,
-            y=[getattr(row, field) for row in ordered],
+            y=drawn([getattr(row, field) for row in ordered]),
+            customdata=[[row.n, row.n_items] for row in ordered],
             name=name,
             marker={
                 "color": BEHAVIOR_COLORS[behavior],
                 "pattern": {"shape": pattern, "fillmode": "replace", "fgcolor": BEHAVIOR_COLORS[behavior]},
             },
-            hovertemplate=f"layers %{{x}}: %{{y:.1%}}<extra>{name}</extra>",
+            hovertemplate="layers %{x}: %{y:.1%}<br>n = %{customdata[0]} of %{customdata[1]} items"
+            f"<extra>{name}</extra>",
         )
     figure.update_xaxes(title_text="layers steered", type="category")
     figure.update_yaxes(title_text="share of prompts", **SHARE_AXIS)
@@ -247,7 +262,3 @@ def _describe(setting: SteeringSetting) -> str:
     """A setting in a few words."""
     alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
     return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}"
-
-
-def _counted(n: int, n_items: int) -> str:
-    return f"n = {n}" if n == n_items else f"n = {n} of {n_items} items"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from memgen_lens.core.errors import MemgenError
@@ -30,6 +31,9 @@ DIVERGING = (
     (1.0, "#7a3600"),
 )
 """From generalization (negative) over white (zero) to memorization (positive)."""
+
+UNKNOWN = "–"
+"""What stands in place of a number that could not be computed."""
 
 _AXIS = {
     "automargin": True,
@@ -87,6 +91,36 @@ def faded(color: str, opacity: float) -> str:
     """A ``#rrggbb`` colour as ``rgba(...)`` with an opacity in [0, 1]."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+def counted(n: int, n_items: int, what: str = "") -> str:
+    """How many prompts or pairs a figure comes from, and of how many items where these are fewer."""
+    rows = f"{n:,} {what}" if what else f"n = {n:,}"
+    return rows if n_items == n else f"{rows} of {n_items:,} items"
+
+
+def finite(values: Any) -> np.ndarray:
+    """Values as float64 in which whatever is not finite is NaN: what plotly leaves out, and numpy's nan-functions."""
+    values = np.asarray(values, dtype=np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def drawn(values: Any) -> list[Any]:
+    """Values, of any number of axes, as nested lists in which whatever is not finite is None: a gap."""
+    values = finite(values).astype(object)
+    values[values != values] = None  # NaN alone is unlike itself
+    return values.tolist()
+
+
+def over_neurons(statistic: Callable[..., Any], values: np.ndarray, **how: Any) -> np.ndarray:
+    """A statistic that passes over NaN (``np.nanmax`` ...) of each row; NaN for a row without a number."""
+    return np.array([statistic(row, **how) if np.isfinite(row).any() else np.nan for row in finite(values)])
+
+
+def extreme(values: Any, statistic: Callable[..., Any], otherwise: float) -> float:
+    """``np.nanmin`` or ``np.nanmax`` of all values; ``otherwise`` where there is no number among them."""
+    values = finite(values)
+    return float(statistic(values)) if np.isfinite(values).any() else otherwise
 
 
 SHARE_AXIS: dict[str, Any] = {"range": [-0.02, 1.02], "tickformat": ".0%"}

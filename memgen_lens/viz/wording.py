@@ -5,14 +5,14 @@ make HTML; what it returns is plain text, which the template escapes.
 """
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 from memgen_lens.core.items import same_items
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.viz.contents import RunContents
-
-UNKNOWN = "–"
+from memgen_lens.viz.theme import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class KeyFigure:
 
 def percent(share: float | None) -> str:
     """A share as ``97.1 %`` (no decimal where there is none to show), with a space that does not break."""
-    return UNKNOWN if share is None else f"{100 * share:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
+    return UNKNOWN if share is None or isnan(share) else f"{100 * share:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def interval(ends: Any, *, shares: bool = True) -> str:
     """A 95 % interval as ``[95.9, 98.0]`` in per cent, or as it is."""
-    if ends is None:
+    if ends is None or any(map(isnan, ends)):
         return ""
     low, high = ends
     scale, digits = (100, 1) if shares else (1, 3)
@@ -48,7 +48,7 @@ def interval(ends: Any, *, shares: bool = True) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number with fixed digits, or a dash."""
-    return UNKNOWN if value is None else f"{value:.{digits}f}"
+    return UNKNOWN if value is None or isnan(value) else f"{value:.{digits}f}"
 
 
 def rate_of(run: RunContents, split: str, behavior: str) -> Rate | None:

@@ -6,84 +6,13 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from made_up import halves, matrix, run_dynamics, seeds, tasks
 
-from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
-from memgen_lens.core.dynamics_records import Dynamics, RateSeries
+from memgen_lens.core.dynamics_records import RateSeries
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.files import with_nulls, write_json
-from memgen_lens.core.records import ProbeScores, SteeringSetting
 from memgen_lens.viz import figures
 from memgen_lens.viz.report import write_report
-
-TASKS = ("addition", "ciphertext", "in_context_inference")
-SETTING = SteeringSetting("resid_post", 0.1, 2.0, "answer")
-
-
-def halves() -> SplitHalf:
-    rng = np.random.default_rng(0)
-    spearman, null = rng.normal(0.85, 0.03, 40).clip(-1, 1), rng.normal(0, 0.25, 40).clip(-1, 1)
-    overlap, null_overlap = rng.binomial(26, 0.8, 40) / 26, rng.binomial(26, 0.15, 40) / 26
-    return SplitHalf("resid_post", 56, 56, 256, 26, 0.1, spearman, overlap, 26 / 256, 1e-12, null, null_overlap)
-
-
-def matrix(value: np.ndarray, low: float = 0.0) -> Matrix:
-    return Matrix(value, (value - 0.1).clip(low, 1), (value + 0.1).clip(low, 1), *[np.full(value.shape, 24)] * 2)
-
-
-def tasks(n: int = 3) -> TaskConsistency:
-    value = np.linspace(0.05, 0.9, n * n).reshape(n, n)
-    chance = np.full((n, n), 0.1)
-    names = ("to_generalization", "to_generalization_other", "exact_recall", "memorized_form", "to_memorization_other")
-    return TaskConsistency(
-        site="resid_post",
-        tasks=TASKS[:n],
-        n_pairs={name: {"select": 20, "tune": 10, "test": 24} for name in TASKS[:n]},
-        top_fraction=0.1,
-        rank_correlation=matrix(2 * value - 1, -1),
-        overlap=matrix(value),
-        overlap_expected=chance,
-        overlap_p=chance,
-        overlap_expected_within_layers=2 * chance,
-        overlap_p_within_layers=chance,
-        probe=matrix(value),
-        probe_layers=(1,) * n,
-        settings=(SETTING,) * n,
-        steering={name: matrix(value) for name in names},
-        random_neurons=dict.fromkeys(("to_generalization", "exact_recall", "memorized_form"), chance),
-        left_out={"<b>fourth</b>": "expected at least 8 pairs; received 3 & no more"},
-    )
-
-
-def seeds() -> SeedConsistency:
-    share = np.array([[0.1, 0.2, 0.7], [0.0, 0.4, 0.6]])
-    return SeedConsistency("resid_post", ("0", "1"), 0.1, share, share + 0.2, np.eye(2), np.eye(2))
-
-
-def run_dynamics() -> Dynamics:
-    steps = np.arange(0, 600, 100)
-    rate = np.linspace(0, 1, 6)
-    series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), *[np.full(6, 24)] * 2)
-    late = np.where(steps < 300, np.nan, rate)
-    gaps = RateSeries(late, late - 0.1, late, *[np.where(steps < 300, 0, 24)] * 2)
-    layers = rate[:, None] * np.array([0.5, 1.0])
-    auroc = 0.5 + layers / 2
-    names = ("nmd_mean", "nmd_max", "nmd_mean_in_sd", "nmd_max_in_sd", "rho_max", "rho_p95", "share_fdr05")
-    return Dynamics(
-        task="addition",
-        site="resid_post",
-        steps=steps,
-        n_pairs={"select": 24, "tune": 12, "test": 24},
-        behavior=dict.fromkeys(("generalization", "memorization", "rephrased_generalization", "flips"), series),
-        **{name: layers * (i + 1) / 7 for i, name in enumerate(names)},
-        auroc=auroc,
-        auroc_low=auroc - 0.03,
-        auroc_high=(auroc + 0.03).clip(0, 1),
-        input_only=ProbeScores(0.5, (0.4, 0.6), 0.5, (0.4, 0.6)),
-        setting=SETTING,
-        steering=dict.fromkeys(("to_generalization", "exact_recall", "memorized_form"), gaps),
-        random_neurons=dict.fromkeys(("to_generalization", "memorized_form"), late / 10),
-        why={0: "only 0 flip", 100: "only 2 flip", 200: "only 4 flip"},
-    )
 
 
 def plain(figure: go.Figure) -> dict:
@@ -132,7 +61,7 @@ def test_matrices_are_drawn_row_by_row_with_intervals_and_chance_beside_them():
     assert "by chance 10.0% (p 0.1)" in overlap.customdata[0][2]
     probe = figures.probe_transfer(result).data[0]
     assert np.allclose(np.array(probe.z, dtype=float), result.probe.value)
-    assert "24 prompts, layer 1" in probe.customdata[1][1]
+    assert "24 prompts of 12 items, layer 1" in probe.customdata[1][1]
     # The first source is the uppermost row, as in a table.
     assert figures.probe_transfer(result).layout.yaxis.autorange == "reversed"
 
