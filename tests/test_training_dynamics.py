@@ -123,6 +123,18 @@ def test_a_damaged_file_is_named(tmp_path, measured):
         Dynamics.load(path)
 
 
+def test_measurements_of_an_earlier_version_whose_intervals_took_prompts_for_independent_are_refused(
+    tmp_path, measured
+):
+    path = measured.save(tmp_path)
+    value = json.loads(path.read_text())
+    for series in value["behavior"].values():
+        del series["n_items"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(RunDirectoryError, match=r"dynamics.json: expected intervals that count items; .*measure again"):
+        Dynamics.load(path)
+
+
 def test_a_directory_gives_the_same_as_the_run_and_steps_can_be_chosen(run, measured):
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     written = (run.out / "dynamics.json").read_text()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.errors import RunDirectoryError, SettingsError
 from memgen_lens.core.files import damaged, read_json, user_path, with_nulls, write_json
-from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.core.records import ProbeScores, SteeringSetting, counts_rows
 
 FILE = "dynamics.json"
 BEHAVIORS = ("generalization", "memorization", "rephrased_generalization", "flips")
@@ -172,13 +172,18 @@ class Dynamics:
         """Read what `save` wrote: the file, or the run directory that holds it.
 
         Raises:
-            RunDirectoryError: The file is missing or damaged.
+            RunDirectoryError: The file is missing or damaged, or of an earlier version, whose intervals took the
+                prompts of one item for independent.
         """
         path = user_path(path, call="Dynamics.load")
         path = path / FILE if path.is_dir() else path
         value = read_json(path)
         try:
+            if any("n_items" not in series for series in value["behavior"].values()):
+                raise counts_rows(path, "intervals")
             return cls._from_json(value)
+        except RunDirectoryError:
+            raise
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 

@@ -329,14 +329,19 @@ def split_items(keys: Sequence[int], *, shares: Sequence[float], seed: int) -> S
     Raises:
         PairsError: The shares are not two that leave something to test on.
     """
-    _require_shares(shares)
+    require_shares(shares)
     unique, inverse = np.unique(np.asarray(keys, dtype=np.int64), return_inverse=True)
     n_select, n_tune = (round(share * len(unique)) for share in shares)
     names = np.array(["select"] * n_select + ["tune"] * n_tune + ["test"] * len(unique))[: len(unique)]
     return np.random.default_rng(seed).permutation(names)[inverse]
 
 
-def _require_shares(shares: Any) -> None:
+def require_shares(shares: Any) -> None:
+    """Refuse shares of items in ``select`` and ``tune`` that leave none to test on.
+
+    Raises:
+        PairsError: They are not two numbers of at least 0 whose sum is below 1.
+    """
     try:
         select, tune = (float(share) for share in shares)
         possible = select >= 0 and tune >= 0 and select + tune < 1 - 1e-9

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.errors import RunDirectoryError, SiteError, suggest
 from memgen_lens.core.files import damaged, read_arrays, user_path, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
@@ -141,11 +141,14 @@ class NeuronScores:
         """Read what `save` wrote.
 
         Raises:
-            RunDirectoryError: The file is missing or damaged.
+            RunDirectoryError: The file is missing or damaged, or of an earlier version, whose p-values took the pairs
+                of one item for independent.
         """
         path = user_path(path, call="NeuronScores.load")
         arrays = read_arrays(path)
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
+        if set(arrays) == wanted - {"n_items"}:
+            raise counts_rows(path, "p-values")
         if set(arrays) != wanted or any(arrays[name].shape != (1,) for name in ("n_pairs", "n_items")):
             raise damaged(path, f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
         n_pairs, n_items = (int(arrays.pop(name)[0]) for name in ("n_pairs", "n_items"))
@@ -179,7 +182,8 @@ class ProbeReport:
         cv_auroc_by_layer: Out-of-fold AUROC on ``select`` and ``tune``, folds grouped by item; picks ``best_layer``.
         best_layer: The layer with the largest cross-validated AUROC.
         input_only: The same probe on the prompt alone: token counts and positional one-hots.
-        shuffled: The best layer's probe fitted on labels shuffled among the training prompts, mean of its repeats.
+        shuffled: The best layer's probe fitted on training labels swapped at random, those of an item together; mean of
+            its repeats.
         embedding: The same probe on the embedding at the answer position.
         learning_curve: ``{"n_pairs", "auroc"}`` of the best layer's probe fitted on fewer pairs.
         n_train: Pairs the probes were fitted on.
@@ -328,3 +332,13 @@ class SweepRow:
         towards_computing = self.to_generalization - self.to_generalization_other
         towards_recall = self.memorized_form - self.to_memorization_other
         return towards_computing + towards_recall
+
+
+def counts_rows(path: Path, what: str) -> RunDirectoryError:
+    """The error for a file whose statistics took rows for independent that are not: nothing in it can mend them."""
+    return RunDirectoryError(
+        f"reading {path}",
+        expected=f"{what} that count items",
+        received=f"{what} of an earlier version, which took all prompts of an item for independent",
+        fix="Such figures look surer than they are: measure again, with --force (memgen-lens) or force=True.",
+    )

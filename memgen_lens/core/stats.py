@@ -45,7 +45,8 @@ def wilson(hits: Any, items: Any = None) -> Rate:
     rows that share an item (Kish 1965): the variance of the rate over whole items, over that of as many independent
     rows. It is estimated with one item of hits and one of misses added, each of the mean size and with rows all alike:
     where all rows agree, or nearly so, the data alone cannot tell how alike the rows of an item are, and what is
-    assumed then is that they are. With items of one size whose rows are alike, the interval is Wilson's over items.
+    assumed then is that they are. With items of one size whose rows are alike, the interval is Wilson's over items;
+    with items of several sizes, it counts no more cases than there are items.
 
     Args:
         hits: Truth values, one a row, at least one.
@@ -67,6 +68,8 @@ def wilson(hits: Any, items: Any = None) -> Rate:
     share = hits_of.sum() / sizes.sum()
     effect = np.square(hits_of - share * sizes).sum() / (sizes.sum() * share * (1 - share))
     counted = n / max(float(effect), 1.0)
+    if np.isin(hits_of / sizes, (0, 1)).all():  # items of unlike sizes whose rows are alike: one case each at most
+        counted = min(counted, float(n_items))
     return Rate(k, n, k / n, _wilson_ends(k / n, counted), n_items)
 
 

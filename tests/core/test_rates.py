@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memgen_lens.core.stats import wilson
+from memgen_lens.core.stats import _wilson_ends, wilson
 
 
 def test_rows_that_say_the_same_are_one_case_each_item():
@@ -45,3 +45,11 @@ def test_the_interval_holds_the_true_rate_as_often_as_it_says(concentration):
         low, high = wilson(rng.random(len(items)) < own[items], items).ci95
         held += low <= 0.6 <= high
     assert 0.93 <= held / n_draws <= 0.97
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 8)), min_size=1, max_size=40))
+def test_items_of_any_size_whose_rows_agree_count_once_at_most(items):
+    hits, size = ([entry[i] for entry in items] for i in range(2))
+    rate = wilson(np.repeat(hits, size), np.repeat(np.arange(len(size)), size))
+    over_items = _wilson_ends(rate.rate, float(len(size)))
+    assert rate.ci95[0] <= over_items[0] + 1e-9 and rate.ci95[1] >= over_items[1] - 1e-9

@@ -79,6 +79,16 @@ def test_an_array_file_of_something_else_is_refused_as_damaged(tmp_path, arrays)
         NeuronScores.load(tmp_path / "post.safetensors")
 
 
+def test_scores_of_an_earlier_version_whose_p_took_pairs_for_independent_are_refused(tmp_path):
+    arrays = {name: np.ones((2, 2)) for name in ARRAYS} | {"n_pairs": np.array([8])}
+    write_arrays(tmp_path / "post.safetensors", arrays)
+    message = (
+        r"post.safetensors: expected p-values that count items; received p-values of an earlier version, .*measure"
+    )
+    with pytest.raises(RunDirectoryError, match=message):
+        NeuronScores.load(tmp_path / "post.safetensors")
+
+
 def test_the_best_probe_is_that_of_the_layer_chosen_by_cross_validation_not_by_the_test():
     report = probe_report()
     assert report.best is report.by_layer[2]

@@ -10,6 +10,7 @@ from scipy.stats import hypergeom, rankdata
 from memgen_lens.analysis.attribution.observational import correlation
 from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.analysis.comparison.tasks import require_fraction
+from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.core.consistency_records import SplitHalf
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit
@@ -53,6 +54,7 @@ def split_half(
     Raises:
         SiteError: The site was not recorded.
         PairsError: Fewer than 16 items.
+        ModelError: An activation is not finite.
         SettingsError: A value is out of range, or fewer than two neurons vary.
     """
     call = "consistency.split_half"
@@ -70,6 +72,8 @@ def split_half(
             received=f"{len(index)} pairs of {n_items} items",
             fix="Give more pairs, or split=None for all of them.",
         )
+    scored = acts.pairs.take(index)
+    require_finite(call, site, [recorded.memorized[index], recorded.generalized[index]], scored)
     mem, gen = (side[index].reshape(len(index), -1) for side in (recorded.memorized, recorded.generalized))
     varies = correlation(mem, gen) != 0
     if varies.sum() < 2:

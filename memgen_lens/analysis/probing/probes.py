@@ -33,7 +33,8 @@ def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
     classifier a layer and reports its accuracy alone). Beside each: the same probe
 
     - on the prompt alone (``input_only``): counts of tokens and one-hots of the token at each position, sparse;
-    - on labels shuffled among the training prompts (``shuffled``), mean over 20 shuffles, at the chosen layer;
+    - on shuffled labels (``shuffled``), mean over 20 shuffles, at the chosen layer: those of an item's training prompts
+      are swapped together or not at all;
     - on the embedding at the answer position (``embedding``); where all prompts end in the same token at the same
       position it is constant, and its AUROC 0.5.
 
@@ -191,12 +192,18 @@ def _grouped_auroc(data: _Data, rows: np.ndarray) -> float:
 
 
 def _shuffled(data: _Data, rows: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """AUROC on the test rows of probes fitted on shuffled training labels."""
+    """AUROC on the test rows of probes fitted on training labels that are swapped item by item, or not.
+
+    Prompts of one item keep their labels' relation: labels shuffled among rows would part prompts that are alike, and
+    scatter less than a probe does that knows nothing of new items.
+    """
+    _, item = np.unique(data.items[data.train], return_inverse=True)
     scaler = StandardScaler().fit(rows[data.train])  # knows no labels: once for all shuffles
     train, test = (scaler.transform(rows[chosen]) for chosen in (data.train, data.test))
     scores = []
     for _ in range(N_SHUFFLES):
-        probe = LogisticRegression(max_iter=MAX_ITER).fit(train, rng.permutation(data.labels[data.train]))
+        swapped = rng.random(int(item.max()) + 1) < 0.5
+        probe = LogisticRegression(max_iter=MAX_ITER).fit(train, data.labels[data.train] ^ swapped[item])
         scores.append(auroc(data.labels[data.test], probe.decision_function(test)))
     low, high = np.quantile(scores, [0.025, 0.975])
     return {"auroc": float(np.mean(scores)), "low": float(low), "high": float(high), "n_shuffles": N_SHUFFLES}

@@ -4,10 +4,11 @@ Does not know activations.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from memgen_lens.behavior import observe, observe_items
-from memgen_lens.core.pairs import PromptPairs, split_items
+from memgen_lens.core.pairs import PromptPairs, require_shares, same_prompts, split_items
 from memgen_lens.core.types import Behavior, LensModel
 
 
@@ -23,7 +24,7 @@ def collect_pairs(
     """Pairs of a memorized prompt that the model recalls and a rephrasing of it that the model computes.
 
     The paper's flips (arXiv 2412.18497, section 4): at most one pair per item and rephrasing. All memorized items are
-    asked; the splits are dealt by item.
+    asked; the splits are dealt by item, and items that share a prompt are one, named by the first of their keys.
 
     Args:
         model: A HookedTransformer.
@@ -36,7 +37,11 @@ def collect_pairs(
     Returns:
         The pairs, with the number of items asked and flipped. There may be few or none: whoever needs a split
         refuses it below 8 pairs.
+
+    Raises:
+        PairsError: The shares leave no pairs to test on.
     """
+    require_shares(shares)
     asked = observe(model, task, split="memorized", batch_size=batch_size, progress=progress)
     recalled = [outcome.item for outcome in asked if outcome.behavior is Behavior.MEMORIZATION]
     candidates = [(item, rephrased) for item in recalled for rephrased in task.rephrase(item)]
@@ -45,12 +50,16 @@ def collect_pairs(
     flips = [
         pair for pair, outcome in zip(candidates, answers, strict=True) if outcome.behavior is Behavior.GENERALIZATION
     ]
-    keys = [item.key for item, _ in flips]
+    # Items that share a prompt are one, whether both flip or not: asked alone, then as they stand in pairs.
+    alone = [outcome.item for outcome in asked]
+    sides = [*alone, *(item for item, _ in flips)], [*alone, *(rephrased for _, rephrased in flips)]
+    keys = same_prompts([item.key for item in sides[0]], *([item.prompt for item in side] for side in sides))
+    of_asked, of_flips = keys[: len(alone)], keys[len(alone) :]
     return PromptPairs(
-        memorized=tuple(item for item, _ in flips),
-        generalized=tuple(rephrased for _, rephrased in flips),
-        split=split_items(keys, shares=shares, seed=seed),
-        n_items=len(asked),
-        n_flipped=len(set(keys)),
-        n_items_by_task=Counter(outcome.item.task for outcome in asked),
+        memorized=tuple(replace(item, key=key) for key, (item, _) in zip(of_flips, flips, strict=True)),
+        generalized=tuple(replace(item, key=key) for key, (_, item) in zip(of_flips, flips, strict=True)),
+        split=split_items(of_flips, shares=shares, seed=seed),
+        n_items=len(set(of_asked)),
+        n_flipped=len(set(of_flips)),
+        n_items_by_task=Counter({key: item.task for key, item in zip(of_asked, alone, strict=True)}.values()),
     )

@@ -101,7 +101,7 @@ def test_a_model_that_overflows_is_refused_with_site_layer_neuron_and_prompt(ove
 def test_activations_that_are_not_finite_are_refused_by_scores_and_probes():
     acts = mg.record(planted.build_model(), planted.prompt_pairs(60), ["post"])
     acts.site("post").generalized[acts.pairs.of("select")[3], 1, 5] = np.nan
-    for call in (mg.attribute, mg.fit_probes):
+    for call in (mg.attribute, mg.fit_probes, mg.consistency.split_half):
         with pytest.raises(mg.MemgenError, match=r"nan at site 'post', layer 1, neuron 5, on the prompt"):
             call(acts, "post")
 

@@ -246,3 +246,24 @@ def test_one_layer_is_copied_at_a_time(n_layers):
         assert tracemalloc.get_traced_memory()[1] < 6 * 8e6
     finally:
         tracemalloc.stop()
+
+
+def test_shuffled_labels_are_swapped_item_by_item(monkeypatch):
+    """Prompts of an item keep their labels' relation: all as they were, or all the other way round."""
+    items = np.repeat(np.arange(40), 3)
+    mem, gen = noise(40)[:, items]
+    acts = activations(mem, gen, items=items.tolist())
+    fitted, real = [], LogisticRegression.fit
+
+    def fit(self, features, labels, *rest):
+        fitted.append(np.asarray(labels))
+        return real(self, features, labels, *rest)
+
+    monkeypatch.setattr(LogisticRegression, "fit", fit)
+    train = np.concatenate([acts.pairs.of("select"), acts.pairs.of("tune")])
+    labels, item = np.repeat([True, False], len(train)), np.tile(acts.pairs.item[train], 2)
+    mg.fit_probes(acts, "post")
+    swapped = [found != labels for found in fitted if len(found) == len(labels) and (found != labels).any()]
+    assert len(swapped) == 20
+    assert all(len(set(swap[item == i])) == 1 for swap in swapped for i in np.unique(item))
+    assert 0.3 < np.mean(swapped) < 0.7

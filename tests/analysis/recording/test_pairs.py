@@ -138,3 +138,35 @@ def test_steering_on_no_pairs_says_so_too(untrained, learned):
 def test_pairs_need_no_task():
     pairs = PromptPairs.from_strings(memorized=["abM="], generalized=["abG="])
     assert pairs.memorized[0].rule_answer is None and len(pairs) == 1
+
+
+class Twins(Markers):
+    """Items that share a prompt: of each six, two are asked with the same words and two have a rephrasing in common."""
+
+    def __init__(self, n=30):
+        self.prompts = list(dict.fromkeys(planted.prompts("M", 3 * n, seed=0)))[:n]
+
+    def items(self, split):
+        items = super().items(split)
+        return tuple(replace(item, prompt=items[i - 1].prompt) if i % 6 == 2 else item for i, item in enumerate(items))
+
+    def rephrase(self, item):
+        own = super().rephrase(item)[:1]
+        common = replace(item, split="rephrased", prompt="abc" + "defgh"[item.key // 6] + "Gabcd=")
+        return (*own, common) if item.key % 6 in (4, 5) else own
+
+
+def test_items_that_share_a_prompt_are_one_item_in_one_split():
+    pairs = mg.collect_pairs(planted.build_model(), Twins(), seed=0)
+    assert (pairs.n_items, pairs.n_flipped, len(pairs)) == (20, 10, 30)
+    assert dict(pairs.n_items_by_task) == {"": 20}
+    for side in (pairs.memorized, pairs.generalized):
+        for prompt in {item.prompt for item in side}:
+            chosen = [item.prompt == prompt for item in side]
+            assert len(set(pairs.item[chosen])) == len(set(pairs.split[chosen])) == 1
+    assert len(set(pairs.item.tolist())) == 10
+
+
+def test_shares_that_leave_no_test_are_refused_before_anything_is_asked():
+    with pytest.raises(PairsError, match="together below 1"):
+        mg.collect_pairs(planted.build_model(), None, seed=0, shares=(0.9, 0.9))
