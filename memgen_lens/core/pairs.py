@@ -276,7 +276,7 @@ def same_prompts(keys: Iterable[Hashable], *sides: Sequence[str]) -> list[int]:
     prompts = [names.setdefault(("prompt", prompt), len(names)) for side in sides for prompt in side]
     edges = (np.ones(len(prompts)), (np.tile(np.array(own, dtype=int), len(sides)), np.array(prompts, dtype=int)))
     _, component = connected_components(coo_array(edges, shape=(len(names), len(names))), directed=False)
-    numbered = all(isinstance(key, int) for key in keys)
+    numbered = all(isinstance(key, int) and abs(key) < 2**63 for key in keys)  # what a file and numpy can hold
     first: dict[int, Any] = {}
     merged = zip(keys, own, strict=True)
     return [first.setdefault(int(component[node]), key if numbered else len(first)) for key, node in merged]

@@ -141,3 +141,9 @@ def test_items_that_are_neither_numbers_nor_names_are_refused(items):
 def test_shares_that_leave_no_test_are_refused(shares):
     with pytest.raises(mg.MemgenError, match=r"shares: expected the shares of items in select and in tune"):
         mg.PromptPairs.from_strings(memorized=["a", "b"], generalized=["c", "d"], shares=shares)
+
+
+def test_items_may_be_named_by_any_whole_numbers_or_names():
+    prompts = {"memorized": ["a", "b", "c"], "generalized": ["d", "e", "f"]}
+    for items in ([10**30, 10**30, -(10**40)], ["x", "x", "y"], [1, 1, "1"]):
+        assert mg.PromptPairs.from_strings(**prompts, items=items).item.tolist() == [0, 0, 1]
