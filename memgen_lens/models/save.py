@@ -3,17 +3,18 @@
 Does not know how it was trained.
 """
 
-from copy import deepcopy
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from memgen_lens.core.errors import ModelError
 from memgen_lens.core.files import cannot_write, user_path, write_bytes, write_json
-from memgen_lens.core.ownership import require_ours
+from memgen_lens.core.ownership import replacing, require_ours
+from memgen_lens.models.hub import quiet
 from memgen_lens.models.native import config_of, state_of
-from memgen_lens.models.pretrained import save_bridge
 from memgen_lens.models.tensors import save_tensors
 
 
@@ -23,13 +24,15 @@ def save_model(model: Any, directory: str | Path) -> Path:
     All three load with plain TransformerLens and transformers:
     ``HookedTransformer(HookedTransformerConfig.from_dict(config))`` and ``load_state_dict``. The config of a model that
     is not in float32 names its ``dtype`` ("float16"), for which plain TransformerLens wants the torch.dtype.
+    Of a Bridge around a Hugging Face model, the directory is that model's, as transformers reads it.
 
     Raises:
         RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
+        ModelError: A Bridge's weights have been processed (compatibility mode).
     """
     directory = user_path(directory, call="save_model")
     if hasattr(getattr(model, "original_model", None), "save_pretrained"):
-        return save_bridge(model, directory)
+        return _save_bridge(model, directory)
     cfg = {name: value for name, value in config_of(model).items() if _is_plain(value)}
     if model.cfg.dtype != torch.float32:
         cfg["dtype"] = str(model.cfg.dtype).removeprefix("torch.")
@@ -46,11 +49,54 @@ def save_model(model: Any, directory: str | Path) -> Path:
     return directory
 
 
+def _save_bridge(model: Any, directory: Path) -> Path:
+    """Write the transformers model inside a Bridge, with its tokenizer, as a Hugging Face directory.
+
+    ``AutoModelForCausalLM.from_pretrained(directory)`` has the same weights, bit for bit.
+
+    Raises:
+        ModelError: TransformerLens has processed the weights (compatibility mode): they are the model's no longer.
+        RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
+    """
+    if model.compatibility_mode:
+        raise ModelError(
+            "save_model",
+            expected="a Bridge with the weights of its Hugging Face model",
+            received="one in TransformerLens' compatibility mode",
+            fix="Save it before enable_compatibility_mode().",
+        )
+    hf = model.original_model
+    inside = {name.replace("._original_component", ""): tensor for name, tensor in hf.state_dict().items()}
+    config = copy.deepcopy(hf.config)
+    with torch.device("meta"):
+        plain = type(hf)(config)
+    weights = {name: inside[name].detach().cpu() for name in plain.state_dict()}
+    plain.to(hf.dtype)
+    plain.generation_config = copy.deepcopy(hf.generation_config)
+    tokenizer = getattr(model, "hugging_face_tokenizer", model.tokenizer)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place: transformers would write over whatever is there.
+        with TemporaryDirectory(dir=directory.parent) as elsewhere, quiet():
+            plain.save_pretrained(elsewhere, state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(elsewhere)
+            files = sorted(path for path in Path(elsewhere).rglob("*") if path.is_file())
+            places = [directory / path.relative_to(elsewhere) for path in files]
+            require_ours(places, call=f"save_model(directory={str(directory)!r})")
+            for path, place in zip(files, places, strict=True):
+                with replacing(place) as part:
+                    path.replace(part)
+    except (OSError, AssertionError) as error:
+        raise cannot_write(directory, error) from None
+    return directory
+
+
 def _tokenizer_files(model: Any) -> dict[str, bytes]:
     """By name, the files that transformers writes of the model's tokenizer; it writes them over whatever is there."""
     if model.tokenizer is None:
         return {}
-    tokenizer = deepcopy(model.tokenizer)
+    tokenizer = copy.deepcopy(model.tokenizer)
     if not model.cfg.default_prepend_bos and tokenizer.bos_token == tokenizer.eos_token:
         tokenizer.bos_token = None  # TransformerLens has set it; saved, it would be prepended on loading
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # transformers keeps only what it was made with

@@ -224,7 +224,8 @@ def _beginning(model: LensModel, prompt: str, ids: list[int], prepend_bos: bool 
     bos = model.tokenizer.bos_token_id
     if prepend_bos is not None:
         return [bos] if prepend_bos and bos is not None else []
-    return list(_own_beginning(model.tokenizer))
+    # What `load_model` keeps is as it was; another Bridge has only what TransformerLens made of it.
+    return list(_own_beginning(getattr(model, "hugging_face_tokenizer", model.tokenizer)))
 
 
 def _own_beginning(tokenizer: Any) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import memgen_lens as mg
-from memgen_lens.core.errors import ModelError
-from memgen_lens.models import pretrained
+from memgen_lens.core.errors import ModelError, RunDirectoryError
+from memgen_lens.models import adapters, hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 
@@ -79,7 +79,7 @@ def adapted(base):
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(pretrained, "_hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
 
 
 @pytest.fixture
@@ -105,6 +105,31 @@ def test_a_saved_bridge_is_what_plain_transformers_loads_bit_for_bit(kind, tmp_p
     again = mg.load_model(tmp_path / "out")
     assert torch.equal(logits(again), logits(model))
     assert mg.complete(again, ["ab+1="], max_new_tokens=3) == mg.complete(model, ["ab+1="], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
+def test_a_bridge_is_not_saved_over_a_file_of_the_users(tmp_path, name):
+    model = mg.load_model(hugging_face("llama"), tokenizer=characters())
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunDirectoryError, match=rf"{name}, which it did not write"):
+        mg.save_model(model, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_bridge_is_saved_again_over_what_was_saved_and_nothing_else_is_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for kind in ("llama", "gpt2"):
+        hf = hugging_face(kind)
+        mg.save_model(mg.load_model(hf, tokenizer=characters()), tmp_path / "out")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(hf))
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_directory_keeps_its_own_tokenizer(tmp_path):
+    with pytest.raises(ModelError, match="expected no tokenizer with a run directory"):
+        mg.load_model(tmp_path, tokenizer=characters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +176,7 @@ def test_an_adapter_that_changes_nothing_is_refused(llama):
 
 def test_an_adapter_that_merges_wrongly_is_refused(monkeypatch):
     model = adapted(hugging_face("llama"))
-    monkeypatch.setattr(pretrained, "MERGE_TOLERANCE", -1.0)
+    monkeypatch.setattr(adapters, "MERGE_TOLERANCE", -1.0)
     with pytest.raises(ModelError, match=r"logits are the adapter's to .*received logits that differ by"):
         mg.load_model(model, tokenizer=characters())
 
@@ -170,7 +195,7 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     start = time.perf_counter()
-    assert not pretrained._hub_answers()
+    assert not hub._hub_answers()
     assert time.perf_counter() - start < 5
 
 
@@ -187,9 +212,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(llama, tmp_path, monkeypatch
         mg.load_model(tmp_path / "y.gguf")
     with pytest.raises(ModelError, match=r"received '.*x\.gguf' \("):
         mg.load_model(tmp_path / "x.gguf")
-    monkeypatch.setattr(
-        pretrained.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
-    )
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
     with pytest.raises(ModelError, match="expected the package gguf"):
         mg.load_model(tmp_path / "x.gguf")
     (llama / "tokenizer.json").unlink()

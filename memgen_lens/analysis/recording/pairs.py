@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from memgen_lens.behavior import observe, observe_items
-from memgen_lens.core.pairs import PromptPairs, require_shares, same_prompts, split_items
+from memgen_lens.core.dealing import require_shares, same_prompts, split_items
+from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Behavior, LensModel
 
 

@@ -1,0 +1,162 @@
+"""Transformers' models and tokenizers as they are kept: a directory, a name, a GGUF file; each error in one line.
+
+Does not make lens models of them (`pretrained`).
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memgen_lens.core.errors import ModelError
+from memgen_lens.core.quiet import quiet_imports
+from memgen_lens.models.build import own_random_state
+
+CALL = "load_model"
+SOURCES = (
+    "a run directory of memgen_lens, a Hugging Face directory or name, a GGUF file, a peft adapter directory, "
+    "or a transformers or peft model"
+)
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer; its own client tries for half a minute."""
+
+
+def read(
+    name: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    tokenizer: Any,
+    gguf: Path | None = None,
+) -> tuple[Any, Any]:
+    """Transformers' model of a directory, a name or a GGUF file, and its tokenizer."""
+    name, how = _where(name)
+    if gguf is not None:
+        _require_gguf(gguf)
+        how["gguf_file"] = gguf.name
+    from transformers import AutoModelForCausalLM
+
+    source = gguf or name
+    with one_line(source), quiet(), own_random_state():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, attn_implementation="eager", output_loading_info=True, **how
+        )
+    hf, report = loaded
+    if report["missing_keys"]:
+        raise ModelError(
+            CALL,
+            expected=f"all weights of {type(hf).__name__} in {source}",
+            received=f"none for {', '.join(sorted(report['missing_keys'])[:3])}",
+            fix="Fetch the missing files, or give the directory of a causal language model.",
+        )
+    if gguf is not None:  # the weights were unpacked: what is loaded is a plain model, and can be saved as one
+        hf.hf_quantizer = None
+        if hasattr(hf.config, "quantization_config"):
+            del hf.config.quantization_config
+    return hf if device_map is not None else hf.to(device), tokenizer or tokenizer_of(name, **how)
+
+
+def tokenizer_of(name: str, **how: Any) -> Any:
+    """The tokenizer kept under a name.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if not how:
+            name, how = _where(name)
+        with quiet():
+            return AutoTokenizer.from_pretrained(name, **how)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            CALL, expected=f"a tokenizer of {name or 'the model'!r}", received=line_of(error), fix="Give tokenizer=..."
+        ) from None
+
+
+def _require_gguf(path: Path) -> None:
+    """Refuse a file that is not GGUF, and a machine that cannot read it."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(
+                CALL, expected=SOURCES, received=f"the file {path}, which is not GGUF", fix="Give its directory."
+            )
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            CALL, expected="the package gguf, which reads GGUF files", received="none", fix="pip install gguf"
+        )
+
+
+def _where(name: str) -> tuple[str, dict[str, Any]]:
+    """A directory as it is; a name too, but the folder of its cached files where the hub does not answer."""
+    if not name or Path(name).is_dir():
+        return name, {"local_files_only": True}
+    if _hub_answers():
+        return name, {"local_files_only": False}
+    from huggingface_hub import snapshot_download
+
+    with one_line(name):  # transformers would ask the hub again and again, whatever it is told
+        return snapshot_download(name, local_files_only=True), {"local_files_only": True}
+
+
+def _hub_answers() -> bool:
+    """Whether the Hugging Face hub can be asked: once, briefly; its own client tries for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # whatever keeps the client from an answer, the cache is what there is
+        return False
+    return True
+
+
+@contextmanager
+def one_line(source: Any) -> Iterator[None]:
+    """Turn the errors of transformers and peft into one line that names the source."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # they raise all kinds: of files, networks, configurations, formats
+        raise ModelError(
+            CALL,
+            expected=SOURCES,
+            received=f"{str(source)!r} ({line_of(error)})",
+            fix="Check the path or name; offline, only what is on this machine can be loaded.",
+        ) from None
+
+
+def line_of(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and log lines, and TransformerLens' warnings, from the user."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    disabled = logging.root.manager.disable
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with quiet_imports():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft
+            yield
+    finally:
+        logging.disable(disabled)
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
