@@ -10,17 +10,26 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.matching import as_stops, cut
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.types import LensModel, Split
 from memgen_lens.fast.decoding import Intervention, greedy_copies
 from memgen_lens.fast.support import is_plain
-from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.guard import lens_model
 from memgen_lens.models.step import greedy_tokens, rows_at_once
 from memgen_lens.models.tokens import by_length, decode, in_batches
 
 
+@arguments(
+    model=lens_model("observe"),
+    task=kinds.TaskLike,
+    split=kinds.SplitName,
+    batch_size=kinds.Count,
+    progress=kinds.Flag,
+)
 def observe(
     model: LensModel, task: Any, *, split: Split = "memorized", batch_size: int = 2048, progress: bool = True
 ) -> list[Outcome]:
@@ -60,6 +69,16 @@ def observe_items(
     ]
 
 
+@arguments(
+    model=lens_model("complete"),
+    prompts=kinds.Texts,
+    max_new_tokens=kinds.Count,
+    batch_size=kinds.Count,
+    prepend_bos=kinds.Flag | None,
+    use_cache=kinds.Flag,
+    progress=kinds.Flag,
+    stop=kinds.Texts,
+)
 def complete(
     model: LensModel,
     prompts: Sequence[str],
@@ -94,7 +113,6 @@ def complete(
         PairsError: A text of ``stop`` is empty.
     """
     call = "complete"
-    require_lens_model(model, call=call)
     stops = as_stops(stop, call=call)
     outputs = [""] * len(prompts)
     with progress_bar(len(prompts), "completing", shown=progress) as bar:

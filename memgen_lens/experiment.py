@@ -26,6 +26,8 @@ from memgen_lens.analysis import (
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.behavior import observe
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import read_json, with_nulls, write_json, write_jsonl
 from memgen_lens.core.items import Outcome, same_items
@@ -101,6 +103,14 @@ class Experiment:
         ]
 
 
+@arguments(
+    config=kinds.one(ExperimentConfig),
+    out=kinds.place("run_experiment(out=...)"),
+    resume=kinds.Flag,
+    force=kinds.Flag,
+    progress=kinds.Flag,
+    say=kinds.Callback,
+)
 def run_experiment(
     config: ExperimentConfig,
     *,

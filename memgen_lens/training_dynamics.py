@@ -24,10 +24,12 @@ from memgen_lens.analysis.probing.probes import fit_probe, score_probe
 from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import AnalysisConfig, ModelConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
-from memgen_lens.core.files import read_json, user_path
+from memgen_lens.core.files import read_json
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, SteeringSetting
@@ -41,6 +43,18 @@ from memgen_lens.training import TrainingRun
 from memgen_lens.training.checkpoints import list_checkpoints
 
 
+@arguments(
+    run=kinds.one(TrainingRun) | kinds.place("dynamics(run)"),
+    site=kinds.Text,
+    setting=kinds.one(SteeringSetting) | None,
+    steps=kinds.Indices | None,
+    task=kinds.TaskLike | None,
+    analysis=kinds.one(AnalysisConfig) | None,
+    seed=kinds.Seed,
+    device=kinds.Text,
+    save=kinds.Flag,
+    progress=kinds.Flag,
+)
 def dynamics(
     run: TrainingRun | str | Path,
     *,
@@ -121,14 +135,15 @@ def dynamics(
 
 
 def _directory(run: TrainingRun | str | Path) -> Path:
-    if isinstance(run, TrainingRun) and run.out is None:
+    directory = run.out if isinstance(run, TrainingRun) else run
+    if directory is None:
         raise RunDirectoryError(
             "dynamics(run)",
             expected="a run with a directory, which holds its checkpoints",
             received="one that was kept in memory",
             fix="Train with train(task, config, out='runs/a').",
         )
-    return user_path(run.out if isinstance(run, TrainingRun) else run, call="dynamics(run)")
+    return Path(directory)
 
 
 def _require_shift(setting: SteeringSetting | None, site: str) -> None:

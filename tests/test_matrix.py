@@ -6,6 +6,7 @@ token: given all before it, the token must be the one with the largest logit, to
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from tempfile import TemporaryDirectory
@@ -241,7 +242,7 @@ def test_steered_completions_are_those_of_hooks_written_by_hand(position, kind, 
     model = model_of(position, kind)
     for site in ("resid_post", "z"):
         steer = Steering.from_scores(scores_of(model, site), 0.3, 20.0, positions=positions)
-        none = steer.with_neurons(np.zeros_like(steer.selected), np.zeros_like(steer.shift))
+        none = replace(steer, selected=np.zeros_like(steer.selected), shift=np.zeros_like(steer.shift))
         asked: dict[str, Any] = {"toward": "generalization", "max_new_tokens": NEW}
         plain = mg.complete(model, PROMPTS, max_new_tokens=NEW, progress=False)
 

@@ -3,10 +3,9 @@
 A function names what each of its arguments may be, once, in a decorator; pydantic converts what has a plain meaning
 (one prompt where a list belongs, a numpy integer, a generator) and refuses the rest, and the refusal becomes one of
 our errors. Does not know what the functions do, and does not look into models and tasks, which are anything that
-behaves like one.
+behaves like one. Paths are checked where they are taken (`memgen_lens.core.files.user_path`).
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from inspect import signature
@@ -14,16 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from memgen_lens.core.errors import MemgenError, SettingsError
+from memgen_lens.core.config import MAX_SEED
+from memgen_lens.core.errors import MemgenError, SettingsError, shortened
+from memgen_lens.core.files import user_path
 from memgen_lens.core.types import Direction, Positions, Split
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_COUNT = 2**31 - 1
 """Largest size or number of anything."""
-MAX_SEED = 2**32 - 1
-"""Largest seed that numpy takes."""
+TASK = ("items", "rephrase", "classify", "is_memorized_form", "max_answer_tokens")
+"""What behaviour and analysis ask of a task."""
 
 
 def _plain(value: Any) -> Any:
@@ -41,66 +42,107 @@ def _several(value: Any) -> Any:
     return [_plain(entry) for entry in value]
 
 
+def _no_text(value: Any) -> Any:
+    if isinstance(value, str | bytes):
+        raise ValueError("a list of strings")
+    return value
+
+
+def _index(value: Any) -> Any:
+    """Places in a list, as an array of whole numbers; what is no list of them is left to be refused."""
+    given = isinstance(value, Iterable) and not isinstance(value, np.ndarray | str | bytes)
+    try:
+        array = np.asarray(list(value) if given else value)
+    except (ValueError, TypeError, OverflowError):
+        array = np.array("ragged")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError("whole numbers, one a pair")
+    return array.astype(np.int64)
+
+
+def _task(value: Any) -> Any:
+    """A task of ours, or anything else that has what tasks are asked for."""
+    missing = [name for name in TASK if not hasattr(value, name)]
+    if missing or isinstance(value, type):
+        raise ValueError(f"a task (memgen_lens.tasks), or an object with {', '.join(missing or TASK)}")
+    return value
+
+
 def _is_not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number, not True or False")
     return value
 
 
-def _path(value: Any) -> Any:
-    """A path, with ``~`` for the user's folder; an empty one would be the folder that one happens to stand in."""
-    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
-        raise ValueError("a path, as text or pathlib.Path")
-    if not str(value) or "\0" in str(value):
-        raise ValueError("a path that is not empty")
-    return Path(value).expanduser()
-
-
 _Plain = BeforeValidator(_plain)
 _Number = BeforeValidator(lambda value: _is_not_bool(_plain(value)))
 _Several = BeforeValidator(_several)
+_AtLeastOne = Field(min_length=1)
 
-Text = Annotated[str, _Plain]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT), _Number]
 Number0 = Annotated[int, Field(ge=0, le=MAX_COUNT), _Number]
 """A number of things of which there may be none."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), _Number]
 Flag = Annotated[bool, _Plain]
+Text = Annotated[str, _Plain]
 Share = Annotated[float, Field(gt=0, le=1), _Number]
+OpenShare = Annotated[float, Field(gt=0, lt=1), _Number]
+Part = Annotated[float, Field(ge=0, lt=1), _Number]
+"""A share that may be none."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 Texts = Annotated[list[Text], _Several]
-Shares = Annotated[list[Share], _Several]
-Positives = Annotated[list[Positive], _Several]
-Indices = Annotated[list[Number0], _Several]
-Place = Annotated[Path, BeforeValidator(_path)]
-PairSplitName = Annotated[Literal["select", "tune", "test"], _Plain]
+Lines = Annotated[list[Text], _Several, BeforeValidator(_no_text)]
+"""Texts that are refused where they are one."""
+Listing = Annotated[list[Any], _Several]
+Shares = Annotated[list[Share], _AtLeastOne, _Several]
+Parts = Annotated[list[Part], _Several]
+Positives = Annotated[list[Positive], _AtLeastOne, _Several]
+Indices = Annotated[list[Number0], _AtLeastOne, _Several]
+Counts = Annotated[list[Count], _AtLeastOne, _Several]
+Index = Annotated[Any, BeforeValidator(_index)]
+TaskLike = Annotated[Any, BeforeValidator(_task)]
+Callback = Annotated[Callable[..., Any], _Plain]
 SplitName = Annotated[Split, _Plain]
+PairSplitName = Annotated[Literal["select", "tune", "test"], _Plain]
 DirectionName = Annotated[Direction, _Plain]
+ModeName = Annotated[Literal["shift", "patch"], _Plain]
 PositionsName = Annotated[Positions, _Plain]
-PositionsNames = Annotated[list[PositionsName], _Several]
-Anything = Any
-"""Looked at where it is used: a model, a task, a function of the user's."""
+PositionsNames = Annotated[list[PositionsName], _AtLeastOne, _Several]
+
+
+def place(call: str) -> Any:
+    """A path, with ``~`` for the user's folder; what is none is refused in the name of the call."""
+    return Annotated[Path, BeforeValidator(lambda value: user_path(value, call=call))]
 
 
 def one(kind: type) -> Any:
     """An object of a class of ours."""
-    return InstanceOf[kind]
+
+    def checked(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"{kind.__name__} ({kind.__module__})")
+        return value
+
+    return Annotated[Any, BeforeValidator(checked)]
 
 
 def several(kind: Any) -> Any:
-    """A list of such values, or one of them."""
-    return Annotated[list[kind], _Several]
+    """A list of such values, at least one, or one of them."""
+    return Annotated[list[kind], _AtLeastOne, _Several]
 
 
-def arguments(call: str | None = None, **kinds: Any) -> Callable[[F], F]:
+def arguments(
+    call: str | None = None, /, *, error: type[MemgenError] = SettingsError, **kinds: Any
+) -> Callable[[F], F]:
     """Check and convert the arguments of a public function before it runs.
 
     Args:
         call: What the error calls the function; default: its name.
+        error: Class of the error.
         **kinds: By argument, what it may be: one of this module's kinds, ``X | None``, or any type that pydantic knows.
 
     Raises (when the function is called):
-        SettingsError: An argument is none of that, missing, or unknown.
+        MemgenError: An argument is none of that, missing, or unknown; of the class ``error``.
     """
 
     def decorate(function: F) -> F:
@@ -114,18 +156,18 @@ def arguments(call: str | None = None, **kinds: Any) -> Callable[[F], F]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             try:
                 bound = shape.bind(*args, **kwargs)
-            except TypeError as error:
-                raise SettingsError(
+            except TypeError as wrong:
+                raise error(
                     name,
                     expected=f"arguments ({', '.join(shape.parameters)})",
-                    received=str(error),
+                    received=str(wrong),
                     fix="Change the call.",
                 ) from None
             for argument in kinds.keys() & bound.arguments.keys():
                 try:
                     bound.arguments[argument] = adapter(argument).validate_python(bound.arguments[argument])
-                except ValidationError as error:
-                    raise _refusal(name, argument, error, bound.arguments[argument]) from None
+                except ValidationError as wrong:
+                    raise _refusal(error, name, argument, wrong, bound.arguments[argument]) from None
             return function(*bound.args, **bound.kwargs)
 
         return checked  # pyright: ignore[reportReturnType]
@@ -133,24 +175,20 @@ def arguments(call: str | None = None, **kinds: Any) -> Callable[[F], F]:
     return decorate
 
 
-def _refusal(call: str, argument: str, error: ValidationError, value: Any) -> MemgenError:
+def _refusal(kind: type[MemgenError], call: str, argument: str, error: ValidationError, value: Any) -> MemgenError:
     """Pydantic's complaint as one sentence of ours; an error of ours that it wraps stays what it was."""
     problems = error.errors(include_url=False)
-    cause = problems[0].get("ctx", {}).get("error")
-    if isinstance(cause, MemgenError):
-        return cause
-    expected = " or ".join(
-        dict.fromkeys(p["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for p in problems[:3])
-    )
+    for problem in problems:
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, MemgenError):
+            return cause
+    expected = " or ".join(dict.fromkeys(map(_expected, problems[:3])))
     received = shortened(problems[0]["input"] if problems[0]["loc"] else value)
-    return SettingsError(f"{call}({argument}=...)", expected=expected, received=received, fix=f"Change {argument}.")
+    return kind(f"{call}({argument}=...)", expected=expected, received=received, fix=f"Change {argument}.")
 
 
-def shortened(value: Any, *, length: int = 80) -> str:
-    """A value as an error shows it: its repr, cut; its type where that fails."""
-    try:
-        text = repr(value)
-    except Exception:  # a user's own class may fail to say what it is; that must not hide what is wrong
-        text = f"a {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+def _expected(problem: Any) -> str:
+    """What pydantic would have taken, without the beginnings of its sentences."""
+    if problem["type"] == "too_short":
+        return "at least one value"
+    return problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")

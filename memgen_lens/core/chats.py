@@ -4,12 +4,33 @@ Does not tokenize, and does not know transformers: the tokenizer is an object ha
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from memgen_lens.core.errors import ModelError, PairsError
+from pydantic import BeforeValidator
+
+from memgen_lens.core.errors import ModelError, PairsError, shortened
 
 
-def render_chats(chats: Any, tokenizer: Any, *, name: str, call: str) -> list[str]:
+def chats(call: str, name: str) -> Any:
+    """What `memgen_lens.core.arguments` takes as lists of messages: each chat a list, each message a mapping.
+
+    Args:
+        call: Name of the call, for errors.
+        name: Name of the argument, for errors.
+    """
+
+    def checked(value: Any) -> Any:
+        if not _is_list(value):
+            raise _malformed(call, name, value)
+        for place, chat in enumerate(value):
+            if not _is_list(chat) or not len(chat) or not all(map(_is_message, chat)):
+                raise _malformed(call, f"{name}[{place}]", chat)
+        return value
+
+    return Annotated[Any, BeforeValidator(checked)]
+
+
+def render_chats(chats: Sequence[Sequence[Mapping[str, Any]]], tokenizer: Any, *, name: str, call: str) -> list[str]:
     """One prompt a chat, with the opening of the assistant's turn; a last message of the assistant's is gone on with.
 
     Args:
@@ -20,7 +41,7 @@ def render_chats(chats: Any, tokenizer: Any, *, name: str, call: str) -> list[st
 
     Raises:
         ModelError: There is no tokenizer, or it has no chat template.
-        PairsError: A chat is not a list of messages, or the template refuses it.
+        PairsError: The template refuses a chat.
     """
     if not hasattr(tokenizer, "apply_chat_template"):
         tokenizer = getattr(tokenizer, "tokenizer", None)
@@ -31,14 +52,10 @@ def render_chats(chats: Any, tokenizer: Any, *, name: str, call: str) -> list[st
             received="no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__} without a chat template",
             fix="Set tokenizer.chat_template, or write the prompts out and use PromptPairs.from_strings.",
         )
-    if isinstance(chats, str | Mapping) or not isinstance(chats, Sequence):
-        raise _malformed(call, name, chats)
     return [_render(chat, tokenizer, name=f"{name}[{i}]", call=call) for i, chat in enumerate(chats)]
 
 
 def _render(chat: Any, tokenizer: Any, *, name: str, call: str) -> str:
-    if isinstance(chat, str | Mapping) or not isinstance(chat, Sequence) or not chat or not all(map(_is_message, chat)):
-        raise _malformed(call, name, chat)
     begun = chat[-1]["role"] == "assistant"
     messages = [dict(message) for message in chat]
     try:
@@ -49,9 +66,13 @@ def _render(chat: Any, tokenizer: Any, *, name: str, call: str) -> str:
         raise PairsError(
             call,
             expected=f"messages that the chat template takes as {name}",
-            received=f"{type(error).__name__}: {error}",
+            received=shortened(f"{type(error).__name__}: {error}"),
             fix="Give roles and turns in the order that this model's template asks for.",
         ) from error
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _is_message(message: Any) -> bool:
@@ -62,6 +83,6 @@ def _malformed(call: str, name: str, received: Any) -> PairsError:
     return PairsError(
         call,
         expected=f'a list of messages {{"role": ..., "content": ...}} a chat as {name}',
-        received=repr(received)[:80],
+        received=shortened(received),
         fix='Give one chat a pair, e.g. memorized=[[{"role": "user", "content": "Who wrote Emma?"}]].',
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from memgen_lens.core.errors import MemgenError, SettingsError, suggest
+from memgen_lens.core.errors import MemgenError, SettingsError, shortened, suggest
 from memgen_lens.core.types import Positions
 
 MAX_SEED = 2**32 - 1
@@ -60,17 +60,17 @@ def settings_error(cls: type[BaseModel], error: ValidationError) -> MemgenError:
         return SettingsError(
             cls.__name__,
             expected="a known setting",
-            received=f"{name}={first['input']!r}",
+            received=f"{name}={shortened(first['input'])}",
             fix=suggest(str(first["loc"][-1]), _settings_around(cls, first["loc"])),
         )
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MemgenError):
         return type(cause)(cause.call, expected=cause.expected, received=cause.received, fix=cause.fix)
-    received = "nothing" if first["type"] == "missing" else repr(first["input"])
+    received = "nothing" if first["type"] == "missing" else shortened(first["input"], length=120)
     return SettingsError(
         f"{cls.__name__}.{name}",
         expected=first["msg"].removeprefix("Value error, ").removeprefix("Input should be "),
-        received=received if len(received) < 120 else received[:117] + "...",
+        received=received,
         fix=f"Change {name}.",
     )
 

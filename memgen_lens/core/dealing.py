@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from memgen_lens.core.errors import PairsError
+from memgen_lens.core.errors import PairsError, shortened
 
 
 def same_prompts(keys: Iterable[Hashable], *sides: Sequence[str]) -> list[int]:
@@ -48,7 +48,7 @@ def item_keys(items: Sequence[Any], call: str) -> list[int | str]:
         raise PairsError(
             call,
             expected="items as whole numbers or names",
-            received=repr(wrong[0])[:80],
+            received=shortened(wrong[0]),
             fix="Name the item of each pair: items=[0, 0, 1, ...].",
         )
     return keys
@@ -82,6 +82,6 @@ def require_shares(shares: Any) -> None:
         raise PairsError(
             "shares",
             expected="the shares of items in select and in tune, each at least 0 and together below 1",
-            received=repr(shares)[:80],
+            received=shortened(shares),
             fix="The rest is the test: shares=(0.4, 0.2) leaves 40 % to it.",
         )

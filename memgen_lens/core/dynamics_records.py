@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import damaged, read_json, user_path, with_nulls, write_json
+from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
 from memgen_lens.core.records import ProbeScores, SteeringSetting, counts_rows
 
 FILE = "dynamics.json"
@@ -110,6 +112,10 @@ class Dynamics:
     random_neurons: dict[str, Float[np.ndarray, " step"]]
     why: dict[int, str]
 
+    @arguments(
+        "Dynamics.first_separation",
+        threshold=kinds.Positive,
+    )
     def first_separation(self, threshold: float = 0.9) -> Separation | None:
         """The earliest step, and there the first layer, whose probe tells the behaviours apart.
 
@@ -157,17 +163,19 @@ class Dynamics:
             for layer in range(self.auroc.shape[1])
         ]
 
+    @arguments(directory=kinds.place("Dynamics.save"))
     def save(self, directory: str | Path) -> Path:
         """Write ``dynamics.json`` into a directory and return its path; what could not be measured is null.
 
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = user_path(directory, call="Dynamics.save") / FILE
+        path = Path(directory) / FILE
         write_json(path, with_nulls(self))
         return path
 
     @classmethod
+    @arguments(path=kinds.place("Dynamics.load"))
     def load(cls, path: str | Path) -> "Dynamics":
         """Read what `save` wrote: the file, or the run directory that holds it.
 
@@ -175,7 +183,7 @@ class Dynamics:
             RunDirectoryError: The file is missing or damaged, or of an earlier version, whose intervals took the
                 prompts of one item for independent.
         """
-        path = user_path(path, call="Dynamics.load")
+        path = Path(path)
         path = path / FILE if path.is_dir() else path
         value = read_json(path)
         try:

@@ -51,6 +51,16 @@ class RunDirectoryError(MemgenError):
     """A run directory holds something already, is damaged, or cannot be written."""
 
 
+def shortened(value: Any, *, length: int = 80) -> str:
+    """A value as an error shows it: its repr, cut; its type where that fails."""
+    try:
+        text = repr(value)
+    except Exception:  # a user's own class may fail to say what it is; that must not hide what is wrong
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def _made_again(kind: type[MemgenError], call: str, expected: str, received: str, fix: str) -> MemgenError:
     """An error of any kind, whatever its own ``__init__`` takes; its further fields follow."""
     error = kind.__new__(kind)

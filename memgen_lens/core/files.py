@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.errors import RunDirectoryError, shortened
 from memgen_lens.core.ownership import replacing
 
 
@@ -26,7 +26,7 @@ def user_path(path: Any, *, call: str) -> Path:
     """
     fix = "Name a file or folder, e.g. 'runs/a'; '.' is the present one."
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise RunDirectoryError(call, expected="a path as text or Path", received=repr(path), fix=fix)
+        raise RunDirectoryError(call, expected="a path as text or Path", received=shortened(path), fix=fix)
     text = os.fspath(path)
     if not text.strip() or "\0" in text:
         raise RunDirectoryError(call, expected="a path", received=repr(text), fix=fix)

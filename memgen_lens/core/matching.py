@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memgen_lens.core.errors import PairsError
+from memgen_lens.core.errors import PairsError, shortened
 from memgen_lens.core.items import Item
 from memgen_lens.core.types import Behavior
 
@@ -54,7 +54,7 @@ def matches(item: Item, output: str, match: Match) -> bool:
         raise PairsError(
             "match(item, output)",
             expected="True or False",
-            received=repr(found)[:80],
+            received=shortened(found),
             fix="Return whether the output gives item.answer, e.g. lambda item, output: item.answer in output.",
         )
     return bool(found)
@@ -101,7 +101,7 @@ def as_stops(stop: str | Sequence[str], *, call: str) -> tuple[str, ...]:
         raise PairsError(
             call,
             expected="stop of strings with at least one character",
-            received=repr(stop)[:80],
+            received=shortened(stop),
             fix='Give the texts that end a completion, e.g. stop=["\\n"], or none.',
         )
     return stops

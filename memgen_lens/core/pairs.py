@@ -10,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from memgen_lens.core.chats import render_chats
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
+from memgen_lens.core.chats import chats, render_chats
 from memgen_lens.core.dealing import item_keys, same_prompts, split_items
-from memgen_lens.core.errors import PairsError, suggest
+from memgen_lens.core.errors import PairsError, SettingsError, suggest
 from memgen_lens.core.items import Item
 from memgen_lens.core.matching import Match, as_stops, shown
 
@@ -60,6 +62,21 @@ class PromptPairs:
         return np.array([item.key for item in self.memorized], dtype=np.int64)
 
     @classmethod
+    @arguments(
+        "PromptPairs.from_strings",
+        error=PairsError,
+        memorized=kinds.Lines,
+        generalized=kinds.Lines,
+        rule_answers=kinds.Lines | None,
+        memorized_answers=kinds.Lines | None,
+        items=kinds.Listing | None,
+        prepend_bos=kinds.Flag | None,
+        shares=kinds.Parts,
+        seed=kinds.Seed,
+        match=kinds.Callback | Literal["prefix", "exact"],
+        stop=kinds.Texts,
+        max_new_tokens=kinds.Count | None,
+    )
     def from_strings(
         cls,
         memorized: Sequence[str],
@@ -116,16 +133,6 @@ class PromptPairs:
             "items": items,
         }
         call = "PromptPairs.from_strings"
-        for name, values in lists.items():
-            if isinstance(values, str) or (
-                name != "items" and values is not None and not all(isinstance(v, str) for v in values)
-            ):
-                raise PairsError(
-                    call,
-                    expected=f"a list of strings as {name}",
-                    received=repr(values)[:80],
-                    fix="Give one string a pair.",
-                )
         lengths = {name: len(values) for name, values in lists.items() if values is not None}
         if not len(memorized):
             raise PairsError(
@@ -146,7 +153,7 @@ class PromptPairs:
         rule = rule_answers if rule_answers is not None else [None] * len(memorized)
         recall = memorized_answers if memorized_answers is not None else [None] * len(memorized)
         stops = as_stops(stop, call=call)
-        _check_judging(rule, recall, match, max_new_tokens, call=call)
+        _require_two_answers(rule, recall, match, call=call)
         rows = list(zip(keys, memorized, generalized, rule, recall, strict=True))
         return cls(
             memorized=tuple(Item(key, "user", prompt, r, m) for key, prompt, _, r, m in rows),
@@ -161,6 +168,12 @@ class PromptPairs:
         )
 
     @classmethod
+    @arguments(
+        "PromptPairs.from_chats",
+        error=PairsError,
+        memorized=chats("PromptPairs.from_chats", "memorized"),
+        generalized=chats("PromptPairs.from_chats", "generalized"),
+    )
     def from_chats(
         cls,
         memorized: Sequence[Sequence[Mapping[str, Any]]],
@@ -185,9 +198,13 @@ class PromptPairs:
         """
         call = "PromptPairs.from_chats"
         sides = {"memorized": memorized, "generalized": generalized}
-        prompts = {name: render_chats(chats, tokenizer, name=name, call=call) for name, chats in sides.items()}
+        prompts = {name: render_chats(side, tokenizer, name=name, call=call) for name, side in sides.items()}
         return cls.from_strings(**prompts, **others)
 
+    @arguments(
+        "PromptPairs.of",
+        split=kinds.PairSplitName,
+    )
     def of(self, split: PairSplit) -> Int[np.ndarray, " index"]:
         """Indices of the pairs of one split.
 
@@ -198,6 +215,7 @@ class PromptPairs:
         self.require(MINIMUM_PAIRS, len(index), call=f"pairs of split {split!r}")
         return index
 
+    @arguments("PromptPairs.require", at_least=kinds.Number0, n=kinds.Number0, call=kinds.Text)
     def require(self, at_least: int, n: int, *, call: str) -> None:
         """Refuse too few pairs, saying how many prompts flipped and what to change.
 
@@ -216,8 +234,24 @@ class PromptPairs:
                 fix=f"{'Give' if own else f'{train}give'} more pairs, or give this split a larger share of the items.",
             )
 
+    @arguments(
+        "PromptPairs.take",
+        index=kinds.Index,
+    )
     def take(self, index: Int[np.ndarray, " index"]) -> "PromptPairs":
-        """The pairs at ``index``, in that order."""
+        """The pairs at ``index``, in that order.
+
+        Raises:
+            SettingsError: An index is none, or beyond the pairs.
+        """
+        outside = index[(index < -len(self)) | (index >= len(self))]
+        if len(outside):
+            raise SettingsError(
+                "PromptPairs.take",
+                expected=f"places of pairs, below {len(self)}",
+                received=str(outside[0]),
+                fix="np.flatnonzero(mask) gives the places where a mask is true.",
+            )
         return replace(
             self,
             memorized=tuple(self.memorized[i] for i in index),
@@ -225,6 +259,10 @@ class PromptPairs:
             split=self.split[index],
         )
 
+    @arguments(
+        "PromptPairs.of_task",
+        name=kinds.Text,
+    )
     def of_task(self, name: str) -> "PromptPairs":
         """The pairs of one task of a mixture, in their splits, with the numbers of items of that task.
 
@@ -259,24 +297,8 @@ class PromptPairs:
         ]
 
 
-def _check_judging(
-    rule: Sequence[str | None], recall: Sequence[str | None], match: Any, max_new_tokens: Any, *, call: str
-) -> None:
-    """Refuse a ``match`` that is none, no room for an answer, and pairs whose two answers no output can tell apart."""
-    if not callable(match) and match not in ("prefix", "exact"):
-        raise PairsError(
-            call,
-            expected='match of "prefix", "exact" or a function (item, output) -> bool',
-            received=repr(match)[:80],
-            fix=suggest(str(match), ("prefix", "exact")),
-        )
-    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
-        raise PairsError(
-            call,
-            expected="max_new_tokens of at least 1, or None",
-            received=repr(max_new_tokens)[:80],
-            fix="Give the number of tokens that the longest answer needs.",
-        )
+def _require_two_answers(rule: Sequence[str | None], recall: Sequence[str | None], match: Any, *, call: str) -> None:
+    """Refuse pairs whose two answers no output can tell apart."""
     for place, (r, m) in enumerate(zip(rule, recall, strict=True)):
         if r is not None and m is not None and shown(r, match) == shown(m, match):
             raise PairsError(

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import RunDirectoryError, SiteError, suggest
-from memgen_lens.core.files import damaged, read_arrays, user_path, write_arrays
+from memgen_lens.core.files import damaged, read_arrays, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
@@ -129,14 +131,16 @@ class NeuronScores:
     n_pairs: int
     n_items: int
 
+    @arguments(directory=kinds.place("NeuronScores.save"))
     def save(self, directory: str | Path) -> Path:
         """Write ``SITE.safetensors`` into a directory and return its path."""
-        path = user_path(directory, call="NeuronScores.save") / f"{self.site}.safetensors"
+        path = Path(directory) / f"{self.site}.safetensors"
         arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
         write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])})
         return path
 
     @classmethod
+    @arguments(path=kinds.place("NeuronScores.load"))
     def load(cls, path: str | Path) -> "NeuronScores":
         """Read what `save` wrote.
 
@@ -144,7 +148,7 @@ class NeuronScores:
             RunDirectoryError: The file is missing or damaged, or of an earlier version, whose p-values took the pairs
                 of one item for independent.
         """
-        path = user_path(path, call="NeuronScores.load")
+        path = Path(path)
         arrays = read_arrays(path)
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
         if set(arrays) == wanted - {"n_items"}:

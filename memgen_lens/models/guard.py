@@ -4,9 +4,10 @@ Compiled modules skip hooks in silence, wrappers hide them, and plain Hugging Fa
 with the way to a lens model.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 
 from memgen_lens.core.errors import ModelError
 
@@ -48,3 +49,13 @@ def require_lens_model(model: Any, *, call: str) -> None:
             f"a model compiled in place (at {where}), on which no hook fires",
             "Undo module.compile() by module._compiled_call_impl = None, or put module._orig_mod in its place.",
         )
+
+
+def lens_model(call: str) -> Any:
+    """What `memgen_lens.core.arguments` takes as a call's model: one that `require_lens_model` does not refuse."""
+
+    def checked(model: Any) -> Any:
+        require_lens_model(model, call=call)
+        return model
+
+    return Annotated[Any, BeforeValidator(checked)]

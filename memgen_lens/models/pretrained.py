@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from memgen_lens.core.errors import ModelError
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
+from memgen_lens.core.errors import ModelError, shortened
 from memgen_lens.core.files import user_path
 from memgen_lens.models.adapters import merged, read_adapter
 from memgen_lens.models.build import own_random_state, require_device
@@ -19,6 +21,11 @@ from memgen_lens.models.hub import CALL, SOURCES, one_line, quiet, read, tokeniz
 from memgen_lens.models.load import load_run_model
 
 
+@arguments(
+    device=kinds.Text | None,
+    dtype=kinds.Text | kinds.one(torch.dtype) | None,
+    device_map=kinds.Text | dict[str, Any] | None,
+)
 def load_model(
     source: Any,
     *,
@@ -53,7 +60,16 @@ def load_model(
         ModelError: The source is none of these, cannot be read or is not there; device or dtype are unknown; an adapter
             changes nothing or does not merge.
     """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     kind = _floating(dtype)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(
+            CALL,
+            expected="a tokenizer of transformers",
+            received=shortened(tokenizer),
+            fix="Make one: AutoTokenizer.from_pretrained(...).",
+        )
     if device is not None and device_map is not None:
         raise ModelError(CALL, expected="device or device_map", received="both", fix="Leave one of them out.")
     if device is not None:
@@ -73,7 +89,6 @@ def load_model(
         kind = kind or next(source.parameters()).dtype
         tokenizer = tokenizer or tokenizer_of(getattr(source.get_base_model(), "name_or_path", ""))
         return _bridge(hf.to(device=device, dtype=kind), tokenizer)
-    from transformers import PreTrainedModel
 
     if not isinstance(source, PreTrainedModel):
         raise ModelError(

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import ModelError
-from memgen_lens.core.files import cannot_write, user_path, write_bytes, write_json
+from memgen_lens.core.files import cannot_write, write_bytes, write_json
 from memgen_lens.core.ownership import replacing, require_ours
+from memgen_lens.models.guard import lens_model
 from memgen_lens.models.hub import quiet
 from memgen_lens.models.native import config_of, state_of
 from memgen_lens.models.tensors import save_tensors
 
 
+@arguments(model=lens_model("save_model"), directory=kinds.place("save_model"))
 def save_model(model: Any, directory: str | Path) -> Path:
     """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a directory.
 
@@ -30,7 +34,7 @@ def save_model(model: Any, directory: str | Path) -> Path:
         RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
         ModelError: A Bridge's weights have been processed (compatibility mode).
     """
-    directory = user_path(directory, call="save_model")
+    directory = Path(directory)
     if hasattr(getattr(model, "original_model", None), "save_pretrained"):
         return _save_bridge(model, directory)
     cfg = {name: value for name, value in config_of(model).items() if _is_plain(value)}

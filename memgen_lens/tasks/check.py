@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import MAX_SEED
-from memgen_lens.core.errors import MemgenError, TaskError
+from memgen_lens.core.errors import MemgenError, TaskError, shortened
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.task import SPLITS, Task
@@ -47,7 +49,8 @@ class CheckReport:
     longest_answer: int
 
 
-def check(task: Task, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
+@arguments("check", n_generic=kinds.Count, seed=kinds.Seed)
+def check(task: Any, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
     """Check that a task keeps the contract that `Task` documents; stop at the first breach.
 
     In this order: it can be made again from its settings, with the same items, and another seed gives others; items
@@ -76,7 +79,7 @@ def check(task: Task, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
         raise TaskError(
             "check",
             expected="a task: an instance of a class that subclasses memgen_lens.tasks.Task",
-            received=repr(task)[:80],
+            received=shortened(task),
             fix="Make one: check(Addition()).",
         )
 

@@ -16,6 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from memgen_lens.behavior import observe
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import TrainConfig
 from memgen_lens.core.errors import ModelError
 from memgen_lens.core.files import write_jsonl
@@ -55,6 +57,14 @@ class TrainingRun:
     out: Path | None
 
 
+@arguments(
+    task=kinds.TaskLike,
+    config=kinds.one(TrainConfig) | None,
+    out=kinds.place("train(out=...)") | None,
+    resume=kinds.Flag,
+    force=kinds.Flag,
+    progress=kinds.Flag,
+)
 def train(
     task: Any,
     config: TrainConfig | None = None,

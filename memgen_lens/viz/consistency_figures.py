@@ -13,6 +13,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
@@ -36,6 +38,9 @@ STEERING_PANELS = (
 )
 
 
+@arguments(
+    result=kinds.one(SplitHalf),
+)
 def split_half(result: SplitHalf) -> go.Figure:
     """How far two halves of the pairs find the same neurons, every split a point, beside swapped labels.
 
@@ -95,6 +100,9 @@ def split_half(result: SplitHalf) -> go.Figure:
     return themed(figure, title, height=390)
 
 
+@arguments(
+    result=kinds.one(SeedConsistency),
+)
 def seed_profiles(result: SeedConsistency) -> go.Figure:
     """Where separately trained models keep their top neurons and their largest abs(rho), a line a model.
 
@@ -130,6 +138,9 @@ def seed_profiles(result: SeedConsistency) -> go.Figure:
     return themed(figure, f"Layers across seeds: {escape(result.site)}", height=380)
 
 
+@arguments(
+    result=kinds.one(TaskConsistency),
+)
 def task_overlap(result: TaskConsistency) -> go.Figure:
     """How far two tasks have the same neurons: overlap of their top sets, and rank correlation of rho.
 
@@ -162,6 +173,9 @@ def task_overlap(result: TaskConsistency) -> go.Figure:
     return _finished(figure, result, f"Same neurons? {escape(result.site)}")
 
 
+@arguments(
+    result=kinds.one(TaskConsistency),
+)
 def probe_transfer(result: TaskConsistency) -> go.Figure:
     """AUROC of each task's probe on each task's test prompts, with its 95 % interval.
 
@@ -183,6 +197,9 @@ def probe_transfer(result: TaskConsistency) -> go.Figure:
     return _finished(figure, result, f"Probes across tasks: {escape(result.site)}")
 
 
+@arguments(
+    result=kinds.one(TaskConsistency),
+)
 def steering_transfer(result: TaskConsistency) -> go.Figure:
     """Steering each task's test prompts with each task's neurons, both ways, with 95 % intervals.
 

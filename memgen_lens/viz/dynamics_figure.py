@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
@@ -29,6 +31,10 @@ from memgen_lens.viz.theme import (
 PROFILES = ("abs(NMD) in SD: max, mean (dashed)", "abs(rho): max, 95th pct. (dashed)", "probe AUROC (test pairs)")
 
 
+@arguments(
+    result=kinds.one(Dynamics),
+    threshold=kinds.Positive,
+)
 def dynamics(result: Dynamics, *, threshold: float = 0.9) -> go.Figure:
     """Behaviours and steering over training; below, a slider through the layers' NMD, rho and probes.
 

@@ -5,21 +5,19 @@ shows. Does not read files (see `memgen_lens.viz.contents`) and does not compute
 recorded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from html import escape
-from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
-from plotly.subplots import make_subplots
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.items import Outcome
-from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport
-from memgen_lens.core.stats import wilson
-from memgen_lens.core.types import Behavior
+from memgen_lens.core.records import NeuronScores, ProbeReport
+from memgen_lens.viz.behavior_figures import behavior_bars, training_curves
 from memgen_lens.viz.consistency_figures import (
     probe_transfer,
     seed_profiles,
@@ -30,11 +28,9 @@ from memgen_lens.viz.consistency_figures import (
 from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
-    BEHAVIOR_COLORS,
     DIVERGING,
     INK,
     MUTED,
-    SHARE_AXIS,
     SITE_COLORS,
     at_least_one,
     counted,
@@ -69,108 +65,10 @@ MAX_COLUMNS = 1024
 """A heatmap of more neurons than this draws the strongest of each few neighbours: no screen shows more."""
 
 
-def training_curves(history: Sequence[Evaluation], *, loss_axis: Literal["log", "linear"] = "log") -> go.Figure:
-    """Both behaviours over training, with the loss on a second axis.
-
-    The paper monitors both behaviours on a test set while training (arXiv 2412.18497).
-
-    Args:
-        history: Evaluations in the order of their steps.
-        loss_axis: Scale of the loss (nats a labelled token).
-
-    Raises:
-        MemgenError: There are no evaluations.
-    """
-    at_least_one(history, "training_curves(history)", "evaluation")
-    steps = [row.step for row in history]
-    curves = (
-        ("generalization", "generalization (validation)", "generalization", "solid"),
-        ("rephrased_generalization", "generalization (rephrased)", "generalization", "dash"),
-        ("memorization", "memorization (memorized)", "memorization", "solid"),
-    )
-    figure = make_subplots(specs=[[{"secondary_y": True}]])
-    for field, name, behavior, dash in curves:
-        figure.add_scatter(
-            x=steps,
-            y=drawn([getattr(row, field) for row in history]),
-            name=name,
-            mode="lines+markers",
-            line={"color": BEHAVIOR_COLORS[behavior], "dash": dash},
-            marker={"size": 5},
-            hovertemplate="%{y:.1%}",
-        )
-    figure.add_scatter(
-        x=steps,
-        y=drawn([row.loss for row in history]),
-        name="loss",
-        mode="lines+markers",
-        line={"color": BEHAVIOR_COLORS["other"], "width": 1.5, "dash": "dot"},
-        marker={"size": 4},
-        hovertemplate="%{y:.3g} nats",
-        secondary_y=True,
-    )
-    figure.update_xaxes(title_text="optimizer steps")
-    figure.update_yaxes(title_text="share of prompts", secondary_y=False, **SHARE_AXIS)
-    figure.update_yaxes(
-        title_text="loss (nats a token)",
-        type=loss_axis,
-        showgrid=False,
-        tickformat="~g",
-        tickvals=_decades([row.loss for row in history]) if loss_axis == "log" else None,
-        secondary_y=True,
-    )
-    return themed(figure, "Both behaviours during training", height=400).update_layout(hovermode="x unified")
-
-
-def behavior_bars(outcomes: Sequence[Outcome | Mapping[str, Any]]) -> go.Figure:
-    """Share of each behaviour on each split, as stacked bars; hovering shows the 95 % interval by item.
-
-    Args:
-        outcomes: Outcomes as `observe` gives them, or rows of ``outcomes.jsonl``.
-
-    Raises:
-        MemgenError: There are no outcomes.
-    """
-    at_least_one(outcomes, "behavior_bars(outcomes)", "outcome")
-    rows = [outcome.row() if isinstance(outcome, Outcome) else outcome for outcome in outcomes]
-    known = ["memorized", "rephrased", "heldout"]
-    present = {row["split"] for row in rows}
-    splits = [name for name in known if name in present] + sorted(present - set(known))
-    shown = {name: [row for row in rows if row["split"] == name] for name in splits}
-    labels = [f"{name}<br>n = {len(shown[name]):,}" for name in splits]
-    figure = go.Figure()
-    for behavior in Behavior:
-        rates = [
-            wilson([row["behavior"] == behavior for row in shown[name]], [_item(row) for row in shown[name]])
-            for name in splits
-        ]
-        figure.add_bar(
-            y=labels,
-            x=[rate.rate for rate in rates],
-            orientation="h",
-            name=str(behavior),
-            marker={"color": BEHAVIOR_COLORS[behavior], "line": {"color": "white", "width": 1}},
-            # A label that does not fit into its segment would lie over its neighbour.
-            text=[f"{rate.rate:.0%}" if rate.rate >= 0.06 else "" for rate in rates],
-            textposition="inside",
-            textangle=0,
-            insidetextanchor="middle",
-            textfont={"color": "white"},
-            customdata=[[rate.k, rate.n, *rate.ci95, rate.n_items] for rate in rates],
-            hovertemplate=f"{behavior}: %{{x:.1%}} [%{{customdata[2]:.1%}}, %{{customdata[3]:.1%}}]"
-            "<br>%{customdata[0]} of %{customdata[1]} prompts of %{customdata[4]} items<extra></extra>",
-        )
-    figure.update_xaxes(title_text="share of prompts", range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(autorange="reversed", showline=False, ticks="")
-    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
-    return themed(figure, "Behaviour by kind of prompt", height=150 + 56 * len(splits))
-
-
-def _item(row: Mapping[str, Any]) -> str:
-    """What names the item of an outcome's row; a row without a key is an item of its own."""
-    return f"{row.get('task', '')} {row['key']}" if "key" in row else f"row {id(row)}"
-
-
+@arguments(
+    scores=kinds.one(NeuronScores),
+    top=kinds.Count | None,
+)
 def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
     """Neuron-wise mean difference as a layer x neuron heatmap, the figure of arXiv 2412.18497.
 
@@ -223,6 +121,9 @@ def nmd_heatmap(scores: NeuronScores, *, top: int | None = None) -> go.Figure:
     return themed(figure, title, height=min(180 + 26 * n_layers, 720))
 
 
+@arguments(
+    scores=kinds.several(kinds.one(NeuronScores)),
+)
 def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
     """Abs(rho) of a layer's neurons with the behaviour: largest, 95th percentile and median, a colour a site.
 
@@ -233,7 +134,6 @@ def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
         MemgenError: There are no scores.
     """
     sites = [scores] if isinstance(scores, NeuronScores) else list(scores)
-    at_least_one(sites, "rho_by_layer(scores)", "site")
     figure = go.Figure()
     for number, site in enumerate(sites):
         size = np.abs(site.rho)
@@ -256,6 +156,9 @@ def rho_by_layer(scores: NeuronScores | Sequence[NeuronScores]) -> go.Figure:
     return themed(figure, "Correlation by layer")
 
 
+@arguments(
+    report=kinds.one(ProbeReport),
+)
 def probe_by_layer(report: ProbeReport) -> go.Figure:
     """AUROC of each layer's probe with its 95 % interval, beside the baselines.
 
@@ -316,6 +219,9 @@ def probe_by_layer(report: ProbeReport) -> go.Figure:
     return themed(figure, f"Probe by layer ({counted(report.n_test, report.n_test_items, 'test pairs')})", height=400)
 
 
+@arguments(
+    report=kinds.one(ProbeReport),
+)
 def learning_curve(report: ProbeReport) -> go.Figure:
     """AUROC of the best layer's probe fitted on fewer pairs (the paper's classifier by amount of data).
 
@@ -339,14 +245,6 @@ def learning_curve(report: ProbeReport) -> go.Figure:
     figure.update_yaxes(title_text="AUROC on test pairs")
     title = f"Learning curve (layer {report.best_layer})"
     return themed(figure, title, height=340)
-
-
-def _decades(values: Sequence[float]) -> list[float]:
-    """Ticks of a log axis: powers of ten, with 2 and 5 between them where there are few."""
-    positive = [value for value in values if 0 < value < np.inf] or [1.0]
-    low, high = np.floor(np.log10(min(positive))), np.ceil(np.log10(max(positive)))
-    steps = (1, 2, 5) if high - low <= 2 else (1,)
-    return [float(f"{step}e{int(power)}") for power in np.arange(low, high + 1) for step in steps]
 
 
 def _size(nmd: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer neuron"]:

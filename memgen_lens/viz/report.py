@@ -15,6 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.files import write_text
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.ownership import require_ours
@@ -31,6 +33,7 @@ SHORT_PROMPT = 24
 """Prompts of at most this many characters leave room for two tables side by side."""
 
 
+@arguments(directory=kinds.place("write_report"))
 def write_report(directory: str | Path) -> Path:
     """Write ``report.html`` into a run directory, whole or not at all.
 

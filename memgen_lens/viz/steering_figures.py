@@ -13,6 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import Positions
@@ -32,6 +34,9 @@ REACHED = {"generalization": "the rule's answer", "memorization": "exact recall"
 """What counts as a success of steering, by the behaviour steered towards."""
 
 
+@arguments(
+    table=kinds.one(SteeringTable),
+)
 def steering_rates(table: SteeringTable) -> go.Figure:
     """What steering does on the test pairs, both ways, each rate with its 95 % interval beside the controls.
 
@@ -131,6 +136,12 @@ def _point(block: dict[str, Any], key: str) -> tuple[float, float, float] | None
     return value, min(low, value), max(high, value)
 
 
+@arguments(
+    rows=kinds.several(kinds.one(SweepRow)),
+    chosen=kinds.one(SteeringSetting) | None,
+    site=kinds.Text | None,
+    positions=kinds.PositionsName | None,
+)
 def steering_sweep(
     rows: Sequence[SweepRow],
     *,
@@ -222,6 +233,9 @@ def _others(row: SweepRow | None) -> list[float | None]:
     return [None, None] if row is None else drawn([row.to_generalization_other, row.to_memorization_other])
 
 
+@arguments(
+    rows=kinds.several(kinds.one(SweepRow)),
+)
 def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
     """What is left of steering when it is restricted to some layers: which layers matter.
 
@@ -231,7 +245,6 @@ def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
     Raises:
         MemgenError: There are no rows.
     """
-    at_least_one(rows, "steering_by_layer(rows)", "row")
     ordered = sorted(rows, key=lambda row: (row.layers is None, row.layers))
     labels = ["all" if row.layers is None else ", ".join(map(str, row.layers)) for row in ordered]
     bars = (

@@ -1,5 +1,3 @@
-import inspect
-
 import planted
 import pytest
 
@@ -57,10 +55,8 @@ def test_a_tokenizer_without_a_chat_template_is_refused(model, holder):
     "chat", ["text", user("a"), [], ["text"], [{"role": "user"}], [{"role": "user", "content": 3}], None]
 )
 def test_a_chat_that_is_no_list_of_messages_is_refused_by_its_place(model, chat):
-    # Past the signature's own check, which runs in tests alone.
-    from_chats = inspect.unwrap(mg.PromptPairs.from_chats.__func__)
     with pytest.raises(PairsError, match=CALL + r"a list of messages .* a chat as memorized\[1\]; received"):
-        from_chats(mg.PromptPairs, [[user("a")], chat], [[user("b")]] * 2, tokenizer=model)
+        mg.PromptPairs.from_chats([[user("a")], chat], [[user("b")]] * 2, tokenizer=model)
 
 
 def test_what_the_template_refuses_is_said(model):

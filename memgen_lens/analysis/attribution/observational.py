@@ -12,16 +12,26 @@ from jaxtyping import Float, Int, Shaped
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
 from memgen_lens.analysis.recording.reading import recorded_blocks
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import fdr
 from memgen_lens.core.types import LensModel
+from memgen_lens.models.guard import lens_model
 
 PAIRS_A_BLOCK = 1024
 
 
+@arguments(
+    acts=kinds.one(Activations),
+    site=kinds.Text,
+    split=kinds.PairSplitName | None,
+    n_permutations=kinds.Number0,
+    seed=kinds.Seed,
+)
 def attribute(
     acts: Activations,
     site: str,
@@ -68,6 +78,16 @@ def attribute(
     return _scores(site, moments, recorded.memorized.shape[1:], _n_items(acts.pairs, index))
 
 
+@arguments(
+    model=lens_model("attribute_streaming"),
+    pairs=kinds.one(PromptPairs),
+    sites=kinds.Texts,
+    split=kinds.PairSplitName | None,
+    n_permutations=kinds.Number0,
+    seed=kinds.Seed,
+    batch_size=kinds.Count | None,
+    progress=kinds.Flag,
+)
 def attribute_streaming(
     model: LensModel,
     pairs: PromptPairs,

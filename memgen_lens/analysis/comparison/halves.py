@@ -9,8 +9,9 @@ from scipy.stats import hypergeom, rankdata
 
 from memgen_lens.analysis.attribution.observational import correlation
 from memgen_lens.analysis.comparison.resampled import PairSums
-from memgen_lens.analysis.comparison.tasks import require_fraction
 from memgen_lens.analysis.recording.finite import require_finite
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import SplitHalf
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit
@@ -22,6 +23,15 @@ MINIMUM_ITEMS = 2 * MINIMUM_PAIRS
 """Fewer items than this leave fewer than 8 to a half."""
 
 
+@arguments(
+    "consistency.split_half",
+    acts=kinds.one(Activations),
+    site=kinds.Text,
+    split=kinds.PairSplitName | None,
+    n_splits=kinds.Count,
+    top_fraction=kinds.OpenShare,
+    seed=kinds.Seed,
+)
 def split_half(
     acts: Activations,
     site: str,
@@ -58,7 +68,6 @@ def split_half(
         SettingsError: A value is out of range, or fewer than two neurons vary.
     """
     call = "consistency.split_half"
-    require_fraction(top_fraction, call)
     if n_splits < 20:
         raise SettingsError(call, expected="n_splits of at least 20", received=str(n_splits), fix="Raise it.")
     recorded = acts.site(site)

@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from memgen_lens.analysis.comparison.tasks import require_fraction
 from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import SeedConsistency
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import row_correlation
 
 
+@arguments(
+    "consistency.across_seeds",
+    scores=dict[Any, kinds.one(NeuronScores)] | kinds.several(kinds.one(NeuronScores)),
+    top_fraction=kinds.OpenShare,
+)
 def across_seeds(
     scores: Mapping[Any, NeuronScores] | Sequence[NeuronScores], *, top_fraction: float = 0.1
 ) -> SeedConsistency:
@@ -34,7 +40,6 @@ def across_seeds(
         SettingsError: Fewer than two models, unlike sites or depths, or a fraction out of range.
     """
     call = "consistency.across_seeds"
-    require_fraction(top_fraction, call)
     named = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
     if len(named) < 2:
         raise SettingsError(

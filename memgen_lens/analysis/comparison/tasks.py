@@ -20,17 +20,33 @@ from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
 from memgen_lens.analysis.steering.transfer import shift_rates
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import STEERING_RATES, Matrix, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations
 from memgen_lens.core.stats import Overlap, Rate, largest, overlap, row_correlation
 from memgen_lens.core.types import LensModel, Positions
+from memgen_lens.models.guard import lens_model
 
 N_RESAMPLES = 200
 """Resamples behind the intervals of overlap and rank correlation."""
 
 
+@arguments(
+    "consistency.across_tasks",
+    model=lens_model("consistency.across_tasks"),
+    task=kinds.TaskLike | None,
+    pairs=kinds.one(PromptPairs),
+    site=kinds.Text,
+    top_fraction=kinds.OpenShare,
+    top_fractions=kinds.Shares,
+    alphas=kinds.Positives,
+    positions=kinds.PositionsNames,
+    seed=kinds.Seed,
+    batch_size=kinds.Count,
+)
 def across_tasks(
     model: LensModel,
     task: Any | None,
@@ -77,7 +93,6 @@ def across_tasks(
         SettingsError: A value is out of range.
     """
     call = "consistency.across_tasks"
-    require_fraction(top_fraction, call)
     names = task_names(pairs)
     ready, left_out = [], {}
     acts = record(model, pairs, [site], batch_size=batch_size)
@@ -126,6 +141,10 @@ def across_tasks(
     )
 
 
+@arguments(
+    "consistency.task_names",
+    pairs=kinds.one(PromptPairs),
+)
 def task_names(pairs: PromptPairs) -> tuple[str, ...]:
     """The tasks whose items were asked, in the order in which they first occur, flipping or not."""
     return tuple(dict.fromkeys([*pairs.n_items_by_task, *(item.task for item in pairs.memorized)]))
@@ -294,15 +313,3 @@ def _field(cells: Sequence[Sequence[Overlap | Rate]], name: str) -> Float[np.nda
 
 def _counts(pairs: PromptPairs) -> dict[str, int]:
     return {split: int((pairs.split == split).sum()) for split in ("select", "tune", "test")}
-
-
-def require_fraction(top_fraction: float, call: str) -> None:
-    """Refuse a share of neurons that leaves none or all of them.
-
-    Raises:
-        SettingsError: It is not in (0, 1).
-    """
-    if not 0 < top_fraction < 1:
-        raise SettingsError(
-            call, expected="top_fraction in (0, 1)", received=repr(top_fraction), fix="Change top_fraction."
-        )

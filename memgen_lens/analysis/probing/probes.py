@@ -17,6 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from memgen_lens.analysis.probing.prompt import MAX_ITER, PromptProbe, fit_prompt_probe, prompt_features
 from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.records import Activations, ProbeReport, ProbeScores, SiteActivations
 from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy
@@ -25,6 +27,11 @@ N_SHUFFLES = 20
 LEARNING_CURVE_SHARES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
+@arguments(
+    acts=kinds.one(Activations),
+    site=kinds.Text,
+    seed=kinds.Seed,
+)
 def fit_probes(acts: Activations, site: str, *, seed: int = 0) -> ProbeReport:
     """Fit a linear probe on each layer of a site and test it on pairs it has not seen.
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from memgen_lens.analysis.recording.finite import EMBEDDING, SIDES
 from memgen_lens.analysis.recording.reading import recorded_blocks
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import PairsError
-from memgen_lens.core.files import damaged, read_arrays, read_json, user_path, write_arrays, write_json
+from memgen_lens.core.files import damaged, read_arrays, read_json, write_arrays, write_json
 from memgen_lens.core.items import Item
 from memgen_lens.core.ownership import require_ours
 from memgen_lens.core.pairs import PromptPairs
@@ -21,8 +23,17 @@ from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.run_directory import alone_in
 from memgen_lens.core.shards import map_shard, new_shard
 from memgen_lens.core.types import LensModel
+from memgen_lens.models.guard import lens_model
 
 
+@arguments(
+    model=lens_model("record"),
+    pairs=kinds.one(PromptPairs),
+    sites=kinds.Texts,
+    batch_size=kinds.Count | None,
+    out=kinds.place("record(out=...)") | None,
+    progress=kinds.Flag,
+)
 def record(
     model: LensModel,
     pairs: PromptPairs,
@@ -75,7 +86,7 @@ def record(
     shapes = {name: (len(pairs), *values.shape[2:]) for name, values in first.sides.items()}
     with ExitStack() as stack:
         if out is not None:
-            out = user_path(out, call="record(out=...)")
+            out = Path(out)
             stack.enter_context(alone_in(out, call=f"record(out={str(out)!r})"))
             files = [*(f"{name}.safetensors" for name in (*shapes, "tokens")), "manifest.json"]
             require_ours([out / name for name in files], call=f"record(out={str(out)!r})")
@@ -103,13 +114,14 @@ def record(
     return Activations(embedding=recorded.pop(EMBEDDING), sites=recorded, pairs=pairs, tokens=tokens)
 
 
+@arguments(directory=kinds.place("load_activations"))
 def load_activations(directory: str | Path) -> Activations:
     """Open what ``record(..., out=directory)`` wrote; arrays are read from disk where and when they are used.
 
     Raises:
         RunDirectoryError: A file is missing or damaged.
     """
-    directory = user_path(directory, call="load_activations")
+    directory = Path(directory)
     manifest = read_json(directory / "manifest.json")
     try:
         pairs = PromptPairs(

@@ -4,21 +4,33 @@ Does not know activations.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from memgen_lens.behavior import observe, observe_items
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.dealing import require_shares, same_prompts, split_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Behavior, LensModel
+from memgen_lens.models.guard import lens_model
 
 
+@arguments(
+    model=lens_model("collect_pairs"),
+    task=kinds.TaskLike,
+    seed=kinds.Seed,
+    shares=kinds.Parts,
+    batch_size=kinds.Count,
+    progress=kinds.Flag,
+)
 def collect_pairs(
     model: LensModel,
     task: Any,
     *,
     seed: int,
-    shares: tuple[float, float] = (0.4, 0.2),
+    shares: Sequence[float] = (0.4, 0.2),
     batch_size: int = 2048,
     progress: bool = True,
 ) -> PromptPairs:

@@ -4,6 +4,7 @@ Does not choose the steering.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import observe_items
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
 from memgen_lens.core.types import Behavior, Direction, LensModel
+from memgen_lens.models.guard import lens_model
 from memgen_lens.models.step import forward, rows_at_once
 from memgen_lens.models.tokens import in_batches
 
@@ -27,6 +31,17 @@ CONTROLS = ("random_neurons", "low_correlation", "random_sign")
 N_EXAMPLES = 6
 
 
+@arguments(
+    model=lens_model("evaluate_steering"),
+    task=kinds.TaskLike | None,
+    pairs=kinds.one(PromptPairs),
+    steer=kinds.one(Steering),
+    split=kinds.PairSplitName,
+    n_controls=kinds.Count,
+    seed=kinds.Seed,
+    batch_size=kinds.Count,
+    progress=kinds.Flag,
+)
 def evaluate_steering(
     model: LensModel,
     task: Any | None,
@@ -166,7 +181,7 @@ def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) 
         if steer.setting.mode == "patch":
             return []
         signs = rng.choice([-1.0, 1.0], size=(n, *steer.shift.shape))
-        return [steer.with_neurons(steer.selected, np.abs(steer.shift) * sign) for sign in signs]
+        return [replace(steer, selected=steer.selected, shift=np.abs(steer.shift) * sign) for sign in signs]
     draws = []
     for _ in range(n):
         selected, shift = np.zeros_like(steer.selected), np.zeros_like(steer.shift)
@@ -178,7 +193,7 @@ def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) 
                 chosen = np.argsort(np.abs(steer.scores.rho[layer]), kind="stable")[:count]
             selected[layer, chosen] = True
             shift[layer, chosen] = rng.permutation(steer.shift[layer, row])
-        draws.append(steer.with_neurons(selected, shift))
+        draws.append(replace(steer, selected=selected, shift=shift))
     # Patching has no magnitudes to permute: every draw of the least correlated neurons would be the same one.
     return draws[:1] if name == "low_correlation" and steer.setting.mode == "patch" else draws
 

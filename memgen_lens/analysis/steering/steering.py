@@ -5,7 +5,7 @@ Does not choose its settings (see `sweep`) nor judge what it does (see `evaluati
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
 from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Change
-from memgen_lens.models.guard import require_lens_model
+from memgen_lens.models.guard import lens_model
 from memgen_lens.models.passes import At, watched_passes
 from memgen_lens.models.sites import site_hooks
 
@@ -46,6 +48,16 @@ class Steering:
     source: SiteActivations | None = None
 
     @classmethod
+    @arguments(
+        "Steering.from_scores",
+        scores=kinds.one(NeuronScores),
+        top_fraction=kinds.Share,
+        alpha=kinds.Positive,
+        mode=kinds.ModeName,
+        source=kinds.one(Activations) | None,
+        layers=kinds.Indices | None,
+        positions=kinds.PositionsName | None,
+    )
     def from_scores(
         cls,
         scores: NeuronScores,
@@ -54,7 +66,7 @@ class Steering:
         *,
         mode: Literal["shift", "patch"] = "shift",
         source: Activations | None = None,
-        layers: Sequence[int] | None = None,
+        layers: int | Sequence[int] | None = None,
         positions: Positions | None = None,
     ) -> "Steering":
         """Steer the neurons with the largest abs(rho).
@@ -65,7 +77,7 @@ class Steering:
             alpha: Multiple of abs(nmd), above 0; not used in patch mode.
             mode: ``"shift"`` or ``"patch"``.
             source: Recorded activations to patch from; patch mode needs them.
-            layers: Steer in these layers only; the neurons are still ranked over all.
+            layers: Steer in this layer or these only; the neurons are still ranked over all.
             positions: ``"answer"`` (default): the answer position and every generated one. ``"prompt"``: the answer
                 position alone (all that can be patched, as only there activations are recorded). ``"all"``: everywhere.
 
@@ -74,19 +86,15 @@ class Steering:
             SiteError: ``source`` lacks the scores' site.
         """
         call = "Steering.from_scores"
-        for name, value, known in (
-            ("mode", mode, ("shift", "patch")),
-            ("positions", positions, (None, "answer", "prompt", "all")),
-        ):
-            if value not in known:
-                raise _out_of_range(call, name, f"one of {', '.join(map(repr, known))}", value)
-        if not 0 < top_fraction <= 1:
-            raise _out_of_range(call, "top_fraction", "a share in (0, 1]", top_fraction)
-        if not 0 < alpha < float("inf"):
-            raise _out_of_range(call, "alpha", "a finite multiple above 0", alpha)
         n_layers = scores.rho.shape[0]
-        if layers is not None and not all(0 <= layer < n_layers for layer in layers):
-            raise _out_of_range(call, "layers", f"layers of the scores, 0 to {n_layers - 1}", list(layers))
+        chosen = np.arange(n_layers) if layers is None else np.atleast_1d(np.asarray(layers))
+        if (chosen >= n_layers).any():
+            raise SettingsError(
+                f"{call}(layers=...)",
+                expected=f"layers of the scores, 0 to {n_layers - 1}",
+                received=repr(layers),
+                fix="Change layers.",
+            )
         if mode == "patch" and (source is None or positions not in (None, "prompt")):
             raise SettingsError(
                 call,
@@ -98,9 +106,7 @@ class Steering:
         count = max(1, round(top_fraction * strength.size))
         selected = np.zeros(strength.size, dtype=bool)
         selected[np.argsort(-strength, kind="stable")[:count]] = True
-        selected = selected.reshape(scores.rho.shape)
-        if layers is not None:
-            selected &= np.isin(np.arange(n_layers), list(layers))[:, None]
+        selected = selected.reshape(scores.rho.shape) & np.isin(np.arange(n_layers), chosen)[:, None]
         shift = alpha * np.sign(scores.rho) * np.abs(scores.nmd) * selected
         patching = mode == "patch"
         return cls(
@@ -117,6 +123,13 @@ class Steering:
             source=source.site(scores.site) if source is not None and patching else None,
         )
 
+    @arguments(
+        "Steering.applied",
+        model=lens_model("Steering.applied"),
+        toward=kinds.DirectionName,
+        pairs=kinds.Indices | None,
+        prompt_length=kinds.Counts | None,
+    )
     @contextmanager
     def applied(
         self,
@@ -147,17 +160,10 @@ class Steering:
             SettingsError: ``toward`` is not a behaviour to steer towards.
             ModelError: The model is compiled or no lens model; or (when it is run) where a prompt ends cannot be known.
         """
-        require_lens_model(model, call="Steering.applied")
         with watched_passes(model, prompt_length=prompt_length) as passes:
             at = partial(passes.where, self.setting.positions)
             with model.hooks(fwd_hooks=steering_hooks(model, [self], toward=toward, pairs=pairs, at=at)):
                 yield model
-
-    def with_neurons(
-        self, selected: Bool[np.ndarray, "layer neuron"], shift: Float[np.ndarray, "layer neuron"]
-    ) -> "Steering":
-        """The same setting on other neurons, for controls."""
-        return replace(self, selected=selected, shift=shift)
 
 
 def steering_hooks(
@@ -180,7 +186,6 @@ def steering_hooks(
     Raises:
         SiteError: The model lacks the site, or has another shape there than the scores; or (when it is run) the site
             has no row for each position.
-        SettingsError: ``toward`` is not a behaviour to steer towards.
     """
     first, n = steerings[0], len(steerings)
 
@@ -236,15 +241,7 @@ def steering_changes(
 
     Raises:
         SiteError: The model lacks the site, or has another shape there than the scores.
-        SettingsError: ``toward`` is not a behaviour to steer towards.
     """
-    if toward not in ("generalization", "memorization"):
-        raise SettingsError(
-            "steering",
-            expected="toward='generalization' or 'memorization'",
-            received=repr(toward),
-            fix="Choose one.",
-        )
     first = steerings[0]
     hooks = site_hooks(model, first.setting.site)
     if len(hooks) != len(first.selected):
@@ -328,10 +325,6 @@ def _rows_of_a_block(part: Tensor, n: int, steering: Steering, pairs: Any) -> in
                 fix="Name the source pair of each prompt: applied(model, toward=..., pairs=[...]).",
             )
     return n_prompts
-
-
-def _out_of_range(call: str, name: str, expected: str, received: Any) -> SettingsError:
-    return SettingsError(call, expected=f"{name}: {expected}", received=repr(received), fix=f"Change {name}.")
 
 
 def _wrong_shape(site: str, expected: str, received: str) -> SiteError:

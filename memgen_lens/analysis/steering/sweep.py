@@ -11,13 +11,31 @@ import numpy as np
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
-from memgen_lens.core.errors import SettingsError
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, SweepRow
 from memgen_lens.core.types import Behavior, Direction, LensModel, Positions
+from memgen_lens.models.guard import lens_model
 
 
+@arguments(
+    model=lens_model("sweep_steering"),
+    task=kinds.TaskLike | None,
+    pairs=kinds.one(PromptPairs),
+    scores=kinds.several(kinds.one(NeuronScores)),
+    top_fractions=kinds.Shares,
+    alphas=kinds.Positives,
+    layers=kinds.several(kinds.Indices | None),
+    positions=kinds.PositionsNames,
+    mode=kinds.ModeName,
+    source=kinds.one(Activations) | None,
+    split=kinds.PairSplitName,
+    batch_size=kinds.Count,
+    use_cache=kinds.Flag,
+    progress=kinds.Flag,
+)
 def sweep_steering(
     model: LensModel,
     task: Any | None,
@@ -62,13 +80,9 @@ def sweep_steering(
         PairsError: The split holds fewer than 8 pairs.
         SettingsError: A value is out of range, or a list is empty.
     """
-    sites = [scores] if isinstance(scores, NeuronScores) else list(scores)
+    sites = [scores] if isinstance(scores, NeuronScores) else scores
     if mode == "patch":
         alphas, positions = (1.0,), ("prompt",)
-    if not (sites and top_fractions and alphas and layers and positions):
-        raise SettingsError(
-            "sweep_steering", expected="at least one value of each", received="an empty list", fix="Name one."
-        )
     combinations = [
         (
             Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=chosen, positions=position),
@@ -128,6 +142,9 @@ def sweep_steering(
     )
 
 
+@arguments(
+    rows=kinds.several(kinds.one(SweepRow)),
+)
 def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     """The setting with the largest shift rate minus the rate of other outputs, summed over both directions.
 
@@ -140,9 +157,6 @@ def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     Raises:
         SettingsError: There are no rows.
     """
-    if not rows:
-        raise SettingsError("choose_setting", expected="at least one row", received="none", fix="Sweep first.")
-
     best = max(row.gain for row in rows)
     equals = [row for row in rows if row.gain >= best - 2 / row.n - 1e-9]
     return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -row.gain))

@@ -336,7 +336,7 @@ def test_kl_is_that_of_the_next_token_on_heldout_prompts(learned, steer, table):
 
 
 def test_a_shift_of_nothing_has_no_effect_at_all(learned, steer):
-    nothing = steer.with_neurons(steer.selected, np.zeros_like(steer.shift))
+    nothing = replace(steer, selected=steer.selected, shift=np.zeros_like(steer.shift))
     table = mg.evaluate_steering(learned.model, learned.task, learned.pairs, nothing, batch_size=500)
     assert table.side_effects.kl_nats == pytest.approx(0, abs=1e-9)
     assert table.side_effects.heldout_generalization == table.side_effects.heldout_generalization_steered

@@ -1,5 +1,7 @@
 """Steering against hooks written by hand, cached against uncached, many at once against one at a time."""
 
+from dataclasses import replace
+
 import jaxtyping
 import numpy as np
 import planted
@@ -335,7 +337,7 @@ def test_the_planted_neuron_alone_flips_every_prompt(known, mode, toward, use_ca
 def test_all_other_neurons_together_flip_none(known):
     one = Steering.from_scores(known.score, top_fraction=planted.ONE_NEURON)
     others = Steering.from_scores(known.score, top_fraction=1.0)
-    others = others.with_neurons(~one.selected, np.where(one.selected, 0.0, others.shift))
+    others = replace(others, selected=~one.selected, shift=np.where(one.selected, 0.0, others.shift))
     outputs = steered_outputs(
         known.model, [i.prompt for i in known.pairs.memorized], [others], toward="generalization", max_new_tokens=3
     )

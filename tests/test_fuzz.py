@@ -1,0 +1,444 @@
+"""Whatever a public function is called with, it gives a result or one of our errors, and no other.
+
+Each function has one good call; hypothesis puts values of the wrong kind, out of range or merely odd in place of one
+or two of its arguments, leaves arguments out and adds others.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from types import SimpleNamespace
+from typing import Any
+
+import bridges
+import helpers
+import made_up
+import numpy as np
+import planted
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import memgen_lens as mg
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, numpy and plotly, about odd values that are allowed
+
+EXAMPLES = 500
+NUMBERS = (-(10**30), -(2**31), -1, 0, 1, 2, 3, 8, 17, 2**31, 2**32, 10**30)
+FLOATS = (float("nan"), float("inf"), float("-inf"), -1.0, 0.0, 1e-300, 0.05, 0.5, 1.0, 1.5, 1e300)
+TEXTS = (
+    "",
+    " ",
+    "a",
+    "=",
+    "aM=",
+    "é",
+    "\0",
+    "post",
+    "resid_post",
+    "blocks.0.mlp.hook_post",
+    "select",
+    "tune",
+    "test",
+    "memorization",
+    "generalization",
+    "patch",
+    "answer",
+    "prompt",
+    "all",
+    "exact",
+    "heldout",
+    "cpu",
+    "cuda",
+    "float16",
+)
+
+
+class Odd:
+    """Fails whenever it is asked for anything."""
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+    def __eq__(self, other):
+        raise RuntimeError("not comparable")
+
+    __hash__ = object.__hash__
+
+
+@cache
+def world() -> SimpleNamespace:
+    """One small thing of each kind that public functions take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, pairs = planted.build_model(), planted.prompt_pairs(60)
+        acts = mg.record(model, pairs, ["post", "resid_post"])
+        scores = mg.attribute(acts, "post")
+        steer = mg.Steering.from_scores(scores, planted.ONE_NEURON, 2.0)
+        rows = mg.sweep_steering(
+            model, None, pairs, scores, top_fractions=[planted.ONE_NEURON], layers=[None, [0], [1]], progress=False
+        )
+        task = helpers.tiny_task()
+        place = Path(mkdtemp())
+        (place / "taken").mkdir()
+        (place / "taken" / "report.html").write_text("the user's own")
+        mg.record(model, pairs, ["post"], out=place / "recorded", progress=False)
+        return SimpleNamespace(
+            model=model,
+            pairs=pairs,
+            acts=acts,
+            scores=scores,
+            steer=steer,
+            rows=rows,
+            task=task,
+            table=mg.evaluate_steering(model, None, pairs, steer, progress=False),
+            probes=mg.fit_probes(acts, "post"),
+            trained=mg.train(task, helpers.tiny_training(max_steps=20), progress=False),
+            short=mg.ExperimentConfig(task=task, train=helpers.tiny_training(max_steps=1)),
+            taken=place / "taken",
+            recorded=place / "recorded",
+        )
+
+
+def junk() -> st.SearchStrategy[Any]:
+    """Values that some argument may take and most do not."""
+    w = world()
+    scalars = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.sampled_from(NUMBERS),
+        st.sampled_from(FLOATS),
+        st.sampled_from(TEXTS),
+        st.text(st.characters(exclude_characters="/\\~.", exclude_categories=["Cc", "Cs"]), max_size=5),
+        st.binary(max_size=3),
+        st.builds(complex, st.just(1.0), st.just(2.0)),
+        st.sampled_from(
+            [np.int64(2), np.int64(-1), np.float32(0.5), np.float64("nan"), np.bool_(True), np.str_("post")]
+        ),
+    )
+    things = st.sampled_from(
+        [
+            object,
+            int,
+            len,
+            Odd(),
+            object(),
+            Path("~"),
+            torch.zeros(2),
+            torch.nn.Linear(1, 1),
+            torch.float16,
+            w.model,
+            w.pairs,
+            w.acts,
+            w.scores,
+            w.steer,
+            w.rows[0],
+            w.task,
+            w.table,
+            w.probes,
+            w.steer.setting,
+            mg.TrainConfig(),
+            mg.AnalysisConfig(),
+            w.pairs.memorized[0],
+            lambda *_: True,
+        ]
+    )
+    arrays = st.sampled_from(
+        [
+            np.zeros(3),
+            np.zeros((2, 2), int),
+            np.array(["a", "M="]),
+            np.array(3),
+            np.array([]),
+            np.array([None, "a"]),
+            np.array([True, False]),
+            np.array([0, 1]),
+            np.array([-1, 99]),
+            np.zeros(3, dtype=complex),
+        ]
+    )
+    several = st.one_of(
+        st.lists(scalars, max_size=3),
+        st.lists(st.one_of(scalars, things, arrays, st.lists(scalars, max_size=2)), max_size=3),
+        st.tuples(scalars),
+        st.dictionaries(st.sampled_from(TEXTS), scalars, max_size=2),
+        st.builds(lambda values: (value for value in values), st.lists(scalars, max_size=3)),
+        st.builds(lambda values: iter(values), st.lists(st.sampled_from(TEXTS), max_size=3)),
+        st.frozensets(st.sampled_from(TEXTS), max_size=2),
+    )
+    return st.one_of(scalars, things, arrays, several)
+
+
+def steered(**arguments: Any) -> Any:
+    """A forward pass of the planted model inside `Steering.applied`."""
+    with world().steer.applied(**arguments) as model:
+        return model(model.to_tokens(["aM=", "bG="]))
+
+
+QUIET = {"progress": False}
+SWEPT = {"top_fractions": [planted.ONE_NEURON], "alphas": [2.0], "positions": ["answer"]}
+LISTS = {"memorized": ["aM=", "bM="], "generalized": ["aG=", "bG="]}
+CHATS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+TOKENIZER = SimpleNamespace(
+    chat_template="x",
+    apply_chat_template=lambda chat, **how: f"{chat[0]['role']}{chat[0]['content']}",
+)
+figures = mg.figures
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def fields(task: Any) -> dict[str, Any]:
+    """The settings of a task."""
+    return {name: getattr(task, name) for name in type(task).model_fields}
+
+
+def good(function: Callable[..., Any], **arguments: Any) -> Call:
+    """A function and what to call it with."""
+    return function, arguments
+
+
+CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
+    "complete": lambda w: good(
+        mg.complete,
+        model=w.model,
+        prompts=["aM="],
+        max_new_tokens=2,
+        batch_size=8,
+        prepend_bos=None,
+        use_cache=True,
+        stop="x",
+        **QUIET,
+    ),
+    "observe": lambda w: good(mg.observe, model=w.trained.model, task=w.task, split="memorized", batch_size=8, **QUIET),
+    "record": lambda w: good(
+        mg.record, model=w.model, pairs=w.pairs.take(np.arange(4)), sites=["post"], batch_size=8, **QUIET
+    ),
+    "collect_pairs": lambda w: good(
+        mg.collect_pairs, model=w.trained.model, task=w.task, seed=0, shares=(0.4, 0.2), batch_size=64, **QUIET
+    ),
+    "attribute": lambda w: good(mg.attribute, acts=w.acts, site="post", split="select", n_permutations=0, seed=0),
+    "attribute_streaming": lambda w: good(
+        mg.attribute_streaming,
+        model=w.model,
+        pairs=w.pairs,
+        sites=["post"],
+        split="tune",
+        n_permutations=0,
+        seed=0,
+        batch_size=64,
+        **QUIET,
+    ),
+    "fit_probes": lambda w: good(mg.fit_probes, acts=w.acts.of_task(""), site="post", seed=0),
+    "choose_setting": lambda w: good(mg.choose_setting, rows=w.rows),
+    "sweep_steering": lambda w: good(
+        mg.sweep_steering,
+        model=w.model,
+        task=None,
+        pairs=w.pairs,
+        scores=w.scores,
+        layers=None,
+        mode="shift",
+        source=None,
+        split="tune",
+        batch_size=64,
+        use_cache=True,
+        **SWEPT,
+        **QUIET,
+    ),
+    "evaluate_steering": lambda w: good(
+        mg.evaluate_steering,
+        model=w.model,
+        task=None,
+        pairs=w.pairs,
+        steer=w.steer,
+        split="tune",
+        n_controls=20,
+        seed=0,
+        batch_size=64,
+        **QUIET,
+    ),
+    "Steering.from_scores": lambda w: good(
+        mg.Steering.from_scores,
+        scores=w.scores,
+        top_fraction=0.1,
+        alpha=1.0,
+        mode="shift",
+        source=None,
+        layers=[0],
+        positions=None,
+    ),
+    "Steering.applied": lambda w: good(steered, model=w.model, toward="memorization", pairs=None, prompt_length=3),
+    "PromptPairs.from_strings": lambda w: good(
+        mg.PromptPairs.from_strings,
+        **LISTS,
+        rule_answers=["r", "r"],
+        memorized_answers=["m", "m"],
+        items=[0, 1],
+        prepend_bos=None,
+        shares=(0.4, 0.2),
+        seed=0,
+        match="prefix",
+        stop=(),
+        max_new_tokens=3,
+    ),
+    "PromptPairs.from_chats": lambda w: good(
+        mg.PromptPairs.from_chats, memorized=CHATS, generalized=CHATS[::-1], tokenizer=TOKENIZER, seed=0
+    ),
+    "PromptPairs.of": lambda w: good(w.pairs.of, split="select"),
+    "PromptPairs.take": lambda w: good(w.pairs.take, index=np.array([0, 1])),
+    "PromptPairs.require": lambda w: good(w.pairs.require, at_least=8, n=9, call="here"),
+    "PromptPairs.of_task": lambda w: good(w.pairs.of_task, name=""),
+    "consistency.split_half": lambda w: good(
+        mg.consistency.split_half, acts=w.acts, site="post", split=None, n_splits=20, top_fraction=0.1, seed=0
+    ),
+    "consistency.across_seeds": lambda w: good(
+        mg.consistency.across_seeds, scores=[w.scores, w.scores], top_fraction=0.1
+    ),
+    "consistency.across_tasks": lambda w: good(
+        mg.consistency.across_tasks,
+        model=w.model,
+        task=None,
+        pairs=w.pairs.take(np.arange(9)),
+        site="post",
+        top_fraction=0.1,
+        seed=0,
+        batch_size=64,
+        **SWEPT,
+    ),
+    "consistency.task_names": lambda w: good(mg.consistency.task_names, pairs=w.pairs),
+    "Dynamics.first_separation": lambda w: good(made_up.run_dynamics().first_separation, threshold=0.9),
+    "load_model": lambda w: good(
+        mg.load_model,
+        source=bridges.hugging_face("llama"),
+        device=None,
+        dtype=None,
+        device_map=None,
+        tokenizer=bridges.character_tokenizer(),
+    ),
+    "tasks.check": lambda w: good(mg.tasks.check, task=w.task, n_generic=5, seed=0),
+    "figures.training_curves": lambda w: good(figures.training_curves, history=w.trained.history, loss_axis="log"),
+    "figures.behavior_bars": lambda w: good(
+        figures.behavior_bars, outcomes=mg.observe(w.trained.model, w.task, progress=False)
+    ),
+    "figures.nmd_heatmap": lambda w: good(figures.nmd_heatmap, scores=w.scores, top=5),
+    "figures.rho_by_layer": lambda w: good(figures.rho_by_layer, scores=w.scores),
+    "figures.probe_by_layer": lambda w: good(figures.probe_by_layer, report=w.probes),
+    "figures.learning_curve": lambda w: good(figures.learning_curve, report=w.probes),
+    "figures.steering_sweep": lambda w: good(
+        figures.steering_sweep, rows=w.rows, chosen=None, site=None, positions=None
+    ),
+    "figures.steering_by_layer": lambda w: good(figures.steering_by_layer, rows=w.rows),
+    "figures.steering_rates": lambda w: good(figures.steering_rates, table=w.table),
+    "figures.split_half": lambda w: good(figures.split_half, result=made_up.halves()),
+    "figures.seed_profiles": lambda w: good(figures.seed_profiles, result=made_up.seeds()),
+    "figures.task_overlap": lambda w: good(figures.task_overlap, result=made_up.tasks()),
+    "figures.probe_transfer": lambda w: good(figures.probe_transfer, result=made_up.tasks()),
+    "figures.steering_transfer": lambda w: good(figures.steering_transfer, result=made_up.tasks()),
+    "figures.dynamics": lambda w: good(figures.dynamics, result=made_up.run_dynamics(), threshold=0.9),
+    "TrainConfig": lambda w: good(mg.TrainConfig, **dict(mg.TrainConfig())),
+    "ModelConfig": lambda w: good(mg.ModelConfig, **dict(mg.ModelConfig())),
+    "AnalysisConfig": lambda w: good(mg.AnalysisConfig, **dict(mg.AnalysisConfig())),
+    "ExperimentConfig": lambda w: good(mg.ExperimentConfig, **dict(mg.presets["quickstart"])),
+    "tasks.Addition": lambda w: good(mg.tasks.Addition, **fields(w.task)),
+    "tasks.Ciphertext": lambda w: good(mg.tasks.Ciphertext, **fields(mg.tasks.Ciphertext())),
+    "tasks.InContextInference": lambda w: good(mg.tasks.InContextInference, **fields(mg.tasks.InContextInference())),
+    "tasks.Mixture": lambda w: good(mg.tasks.Mixture, **fields(mg.tasks.Mixture(tasks=(w.task,)))),
+    "train": lambda w: good(
+        mg.train, task=w.task, config=helpers.tiny_training(max_steps=1), out=None, resume=False, force=False, **QUIET
+    ),
+    "dynamics": lambda w: good(
+        mg.dynamics,
+        run=w.trained,
+        site="post",
+        setting=None,
+        steps=None,
+        task=None,
+        analysis=None,
+        seed=0,
+        device="cpu",
+        save=False,
+        **QUIET,
+    ),
+    "run_experiment": lambda w: good(
+        mg.run_experiment, config=w.short, out=w.taken, resume=False, force=False, say=len, **QUIET
+    ),
+    "save_model": lambda w: good(mg.save_model, model=w.model, directory="saved"),
+    "load_activations": lambda w: good(mg.load_activations, directory=w.recorded),
+    "write_report": lambda w: good(mg.write_report, directory=w.taken),
+    "NeuronScores.save": lambda w: good(w.scores.save, directory="saved"),
+    "NeuronScores.load": lambda w: good(mg.NeuronScores.load, path="saved"),
+    "Dynamics.save": lambda w: good(made_up.run_dynamics().save, directory="saved"),
+    "Dynamics.load": lambda w: good(mg.Dynamics.load, path="saved"),
+}
+"""By name, each public function and the arguments of a call; what is refused as it stands is in `REFUSED`."""
+REFUSED = (
+    "consistency.across_tasks",
+    "dynamics",
+    "run_experiment",
+    "write_report",
+    "NeuronScores.load",
+    "Dynamics.load",
+)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """Paths that are made up lie in a folder of the test's own; nothing is asked of a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in REFUSED])
+def test_the_call_that_is_changed_is_a_good_one(name):
+    function, arguments = CALLS[name](world())
+    function(**arguments)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_results_and_errors_of_ours(name):
+    function, good = CALLS[name](world())
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.data())
+    def try_it(data):
+        names = data.draw(st.lists(st.sampled_from(sorted(good)), min_size=1, max_size=2, unique=True))
+        changed = good | {name: data.draw(junk(), label=name) for name in names}
+        for left_out in data.draw(st.sampled_from([(), (), (), tuple(names[:1])])):
+            del changed[left_out]
+        if data.draw(st.integers(0, 20)) == 0:
+            changed["no_such_argument"] = 1
+        if function is mg.train and changed.get("config") is None:
+            changed["config"] = helpers.tiny_training(max_steps=1)  # the default takes minutes
+        try:
+            function(**changed)
+        except mg.MemgenError as error:
+            assert "\n" not in str(error) or "prompt" in str(error)
+
+    try_it()
+
+
+def test_every_public_function_is_tried():
+    functions = {name for name in mg.__all__ if inspect.isfunction(getattr(mg, name))}
+    functions |= {f"consistency.{name}" for name in mg.consistency.__all__}
+    functions |= {f"figures.{name}" for name in figures.__all__}
+    functions |= {name for name in mg.__all__ if name.endswith("Config")}
+    functions |= {f"tasks.{name}" for name in ("check", "Addition", "Ciphertext", "InContextInference", "Mixture")}
+    for kind in (mg.Steering, mg.PromptPairs, mg.NeuronScores, mg.Dynamics):
+        public = (name for name in vars(kind) if not name.startswith("_"))
+        methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
+        functions |= {
+            f"{kind.__name__}.{name}"
+            for name in methods
+            if set(inspect.signature(getattr(kind, name)).parameters) - {"self"}
+        }
+    assert set(CALLS) == functions
