@@ -20,6 +20,18 @@ from memgen_lens.core.errors import MemgenError, SettingsError, shortened
 from memgen_lens.core.files import user_path
 from memgen_lens.core.types import Direction, Positions, Split
 
+MADE_BY = {
+    "Activations": "mg.record",
+    "ExperimentConfig": 'mg.presets["quickstart"]',
+    "NeuronScores": "mg.attribute",
+    "ProbeReport": "mg.fit_probes",
+    "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
+    "Steering": "mg.Steering.from_scores",
+    "SteeringTable": "mg.evaluate_steering",
+    "SweepRow": "mg.sweep_steering",
+    "TrainConfig": "mg.TrainConfig(...)",
+}
+"""Where a user gets what an argument takes."""
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_COUNT = 2**31 - 1
 """Largest size or number of anything."""
@@ -120,7 +132,8 @@ def one(kind: type) -> Any:
 
     def checked(value: Any) -> Any:
         if not isinstance(value, kind):
-            raise ValueError(f"{kind.__name__} ({kind.__module__})")
+            how = f"as {MADE_BY[kind.__name__]} gives it" if kind.__name__ in MADE_BY else f"({kind.__module__})"
+            raise ValueError(f"{kind.__name__} {how}")
         return value
 
     return Annotated[Any, BeforeValidator(checked)]
