@@ -151,12 +151,12 @@ def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     Towards memorization, an output in memorized form counts as shifted: where the memorized answers are random
     strings, one shift shared by all prompts cannot carry which string is whose, and exact recall would choose nothing.
     (Where the answers have no form of their own, form and exact recall are the same thing to `SweepRow`.) Settings
-    within one prompt of the best in either direction count as equals, and among equals the gentlest is chosen, the
+    within one item of the best in either direction count as equals, and among equals the gentlest is chosen, the
     smallest fraction times alpha: a harder push than needed is what makes controls and side effects worse.
 
     Raises:
         SettingsError: There are no rows.
     """
     best = max(row.gain for row in rows)
-    equals = [row for row in rows if row.gain >= best - 2 / row.n - 1e-9]
+    equals = [row for row in rows if row.gain >= best - 2 / row.n_items - 1e-9]
     return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -row.gain))

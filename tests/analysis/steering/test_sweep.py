@@ -246,7 +246,7 @@ def test_towards_memorization_the_form_counts_and_not_exact_recall():
 
 
 def test_among_equals_the_gentlest_is_chosen():
-    """Within one prompt of the best in either direction, the smallest fraction times alpha."""
+    """Within one item of the best in either direction, the smallest fraction times alpha."""
     harsh = row(0.3, 4.0, 0.9, 0.0, 0.9, 0.0)
     gentle = row(0.1, 2.0, 0.89, 0.01, 0.9, 0.0)  # one prompt of 100 goes from shifted to other
     gentler_but_worse = row(0.05, 1.0, 0.88, 0.01, 0.9, 0.0)
