@@ -172,7 +172,7 @@ def test_a_run_without_checkpoints_is_refused(run, tmp_path):
 def test_unknown_steps_and_other_settings_are_refused(run):
     with pytest.raises(SettingsError, match=r"steps that have a checkpoint \(0, 100, .*received 7. Leave steps out"):
         mg.dynamics(run, steps=[0, 7])
-    with pytest.raises(SettingsError, match=r"received none"):
+    with pytest.raises(SettingsError, match=r"at least one value; received \[\]"):
         mg.dynamics(run, steps=[])
     patch = SteeringSetting("resid_post", 0.1, None, "prompt", "patch")
     with pytest.raises(SettingsError, match=r"a setting in shift mode at site 'resid_post'; received mode 'patch'"):

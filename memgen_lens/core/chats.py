@@ -66,7 +66,7 @@ def _render(chat: Any, tokenizer: Any, *, name: str, call: str) -> str:
         raise PairsError(
             call,
             expected=f"messages that the chat template takes as {name}",
-            received=shortened(f"{type(error).__name__}: {error}"),
+            received=" ".join(f"{type(error).__name__}: {error}".split()),
             fix="Give roles and turns in the order that this model's template asks for.",
         ) from error
 

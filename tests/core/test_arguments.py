@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from memgen_lens.core import arguments as kinds
-from memgen_lens.core.arguments import arguments, shortened
-from memgen_lens.core.errors import PairsError, SettingsError
+from memgen_lens.core.arguments import arguments
+from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError, shortened
 
 
 @arguments(
     prompts=kinds.Texts,
     n=kinds.Count,
     share=kinds.Share | None,
-    out=kinds.Place | None,
+    out=kinds.place("took") | None,
     layers=kinds.several(kinds.Indices | None),
     toward=kinds.DirectionName,
     seed=kinds.Seed,
@@ -68,8 +68,6 @@ def test_numpy_numbers_are_numbers_and_a_tilde_is_the_users_folder():
         ({"prompts": "a", "n": 10**30}, "less than or equal to"),
         ({"prompts": "a", "share": float("nan")}, "received nan"),
         ({"prompts": "a", "share": 1.1}, "less than or equal to 1"),
-        ({"prompts": "a", "out": ""}, "a path that is not empty; received ''"),
-        ({"prompts": "a", "out": 3}, "a path, as text or pathlib.Path"),
         ({"prompts": "a", "toward": "both"}, "'generalization' or 'memorization'; received 'both'"),
         ({"prompts": "a", "seed": 2**32}, "less than or equal to 4294967295"),
         ({}, "received missing a required argument: 'prompts'"),
@@ -79,6 +77,12 @@ def test_numpy_numbers_are_numbers_and_a_tilde_is_the_users_folder():
 def test_what_has_no_plain_meaning_is_refused_in_one_sentence(call, says):
     with pytest.raises(SettingsError, match=says):
         took(**call)
+
+
+@pytest.mark.parametrize("out", ["", 3, b"a"])
+def test_a_path_that_is_none_is_refused_in_the_name_of_the_call(out):
+    with pytest.raises(RunDirectoryError, match="took: expected a path"):
+        took("a", out=out)
 
 
 def test_an_error_of_ours_inside_a_check_stays_what_it_was():

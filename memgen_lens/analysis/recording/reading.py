@@ -29,6 +29,8 @@ from memgen_lens.models.tokens import Batch, in_batches, tokenized
 
 TOKENS_AT_ONCE = 20_480
 """Tokens of one forward pass, where no number of prompts is asked for."""
+IN_CACHE = 4_096
+"""Tokens of one forward pass of a model's own on a processor, whose caches hold what so many make of a small model."""
 NO_POSITIONS = ("hook_pattern", "hook_attn_scores")
 """Hook points whose second axis is heads, whatever its length."""
 
@@ -65,8 +67,6 @@ def recorded_blocks(
         ModelError: The model is compiled or no lens model, the tokenizer lacks a character, or model and tokens are on
             different devices.
     """
-    if isinstance(sites, str):
-        raise SiteError(call, expected="a list of sites", received=repr(sites), fix=f"Write sites=[{sites!r}].")
     require_lens_model(model, call=call)
     pairs.require(1, len(pairs), call=call)
     known = model.hook_dict  # a Bridge makes it anew at each look
@@ -104,6 +104,7 @@ def _reader(
 ) -> Callable[[list[str]], _Read]:
     """What reads the hook points: the fast forward where it can, else the model's own."""
     hooks = list(dict.fromkeys(hook for group in groups.values() for hook in group))
+    at_once = IN_CACHE if next(iter(model.parameters())).device.type == "cpu" else TOKENS_AT_ONCE
 
     def fast(prompts: list[str]) -> _Read:
         padded, lengths = tokenized(model, prompts, prepend_bos=prepend_bos)
@@ -113,8 +114,7 @@ def _reader(
         return _Read(values, padded.cpu().masked_fill(~filled, -1).numpy())
 
     def own(prompts: list[str]) -> _Read:
-        how = {"tokens_at_once": TOKENS_AT_ONCE, "prepend_bos": prepend_bos}
-        batches = in_batches(model, prompts, batch_size=batch_size, **how)
+        batches = in_batches(model, prompts, batch_size=batch_size, tokens_at_once=at_once, prepend_bos=prepend_bos)
         order = np.argsort([i for batch in batches for i in batch.index])
         kept = read_last_position(model, batches, hooks)
         values = {

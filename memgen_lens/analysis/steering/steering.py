@@ -55,7 +55,7 @@ class Steering:
         alpha=kinds.Positive,
         mode=kinds.ModeName,
         source=kinds.one(Activations) | None,
-        layers=kinds.Indices | None,
+        layers=kinds.Layers | None,
         positions=kinds.PositionsName | None,
     )
     def from_scores(

@@ -27,7 +27,7 @@ from memgen_lens.models.guard import lens_model
     scores=kinds.several(kinds.one(NeuronScores)),
     top_fractions=kinds.Shares,
     alphas=kinds.Positives,
-    layers=kinds.several(kinds.Indices | None),
+    layers=kinds.several(kinds.Layers | None),
     positions=kinds.PositionsNames,
     mode=kinds.ModeName,
     source=kinds.one(Activations) | None,

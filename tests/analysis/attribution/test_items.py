@@ -139,7 +139,7 @@ def test_items_that_are_neither_numbers_nor_names_are_refused(items):
 
 @pytest.mark.parametrize("shares", [(0.9, 0.9), (1.0, 0.0), (0.5, 0.5), (-0.1, 0.2), (float("nan"), 0.2), (0.4,)])
 def test_shares_that_leave_no_test_are_refused(shares):
-    with pytest.raises(mg.MemgenError, match=r"shares: expected the shares of items in select and in tune"):
+    with pytest.raises(mg.MemgenError, match=r"shares(=...\))?: expected"):
         mg.PromptPairs.from_strings(memorized=["a", "b"], generalized=["c", "d"], shares=shares)
 
 

@@ -250,9 +250,9 @@ def test_a_layer_that_the_model_lacks_is_refused(model, mixed):
         mg.record(model, mixed, ["blocks.2.hook_resid_post"])
 
 
-def test_a_bare_string_instead_of_a_list_is_refused(model, mixed):
-    with pytest.raises(SiteError, match=r"expected a list of sites; received 'post'. Write sites=\['post'\]\."):
-        mg.record(model, mixed, "post")
+def test_a_bare_string_is_one_site(model, mixed):
+    one, several = (mg.record(model, mixed, sites, progress=False).site("post") for sites in ("post", ["post"]))
+    np.testing.assert_array_equal(one.memorized, several.memorized)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.hook_pattern", "blocks.0.attn.hook_attn_scores"])

@@ -169,4 +169,4 @@ def test_items_that_share_a_prompt_are_one_item_in_one_split():
 
 def test_shares_that_leave_no_test_are_refused_before_anything_is_asked():
     with pytest.raises(PairsError, match="together below 1"):
-        mg.collect_pairs(planted.build_model(), None, seed=0, shares=(0.9, 0.9))
+        mg.collect_pairs(planted.build_model(), helpers.tiny_task(), seed=0, shares=(0.9, 0.9))

@@ -288,18 +288,18 @@ def test_no_row_is_clearly_better_than_the_chosen_one_or_as_good_and_gentler(dra
 
 
 def test_no_rows_to_choose_from_are_refused():
-    with pytest.raises(SettingsError, match=r"choose_setting: expected at least one row; received none\. Sweep first"):
+    with pytest.raises(SettingsError, match=r"choose_setting\(rows=...\): expected at least one value; received \[\]"):
         mg.choose_setting([])
 
 
 @pytest.mark.parametrize("empty", ["top_fractions", "alphas", "layers", "positions"])
 def test_an_empty_list_of_anything_is_refused(known, empty):
-    with pytest.raises(SettingsError, match=r"sweep_steering: expected at least one value of each; received an empty"):
+    with pytest.raises(SettingsError, match=rf"\({empty}=...\): expected at least one value; received \[\]"):
         mg.sweep_steering(known.model, None, known.pairs, known.score, **({"top_fractions": [0.1]} | {empty: []}))
 
 
 def test_no_scores_at_all_are_refused(known):
-    with pytest.raises(SettingsError, match="at least one value of each"):
+    with pytest.raises(SettingsError, match="at least one value; received"):
         mg.sweep_steering(known.model, None, known.pairs, [], top_fractions=[0.1])
 
 
@@ -312,9 +312,11 @@ def test_no_scores_at_all_are_refused(known):
         ({"mode": "patch"}, "source=record"),
     ],
 )
-def test_values_out_of_range_are_refused_before_anything_runs(known, unchecked, values, name):
-    with pytest.raises(SettingsError, match=rf"Steering\.from_scores: expected {name}"):
-        mg.sweep_steering(None, None, known.pairs, known.score, **({"top_fractions": [0.1]} | values))
+def test_values_out_of_range_are_refused_before_anything_runs(known, values, name):
+    with pytest.raises(SettingsError, match=rf"{name}"):
+        refuse = {"fwd_hooks": [("hook_embed", lambda activation, hook: pytest.fail("it was run"))]}
+        with known.model.hooks(**refuse):
+            mg.sweep_steering(known.model, None, known.pairs, known.score, **({"top_fractions": [0.1]} | values))
 
 
 def test_fewer_than_eight_tune_pairs_are_refused(known):
