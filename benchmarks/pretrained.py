@@ -139,7 +139,7 @@ def sweep() -> Run:
 
 def sweep_one_by_one() -> Run:
     """What a user writes: hooks on the model, `generate`, a loop over the settings; judged as ours are."""
-    from memgen_lens.analysis.steering.judge import Judge
+    from memgen_lens.analysis.recording.judge import Judge
 
     model = lens_model()
     pairs, score = _flipping(model, 50)

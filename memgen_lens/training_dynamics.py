@@ -21,7 +21,7 @@ from memgen_lens.analysis import (
     sweep_steering,
 )
 from memgen_lens.analysis.probing.probes import fit_probe, score_probe
-from memgen_lens.analysis.steering.judge import Judge
+from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import jaxtyping
 import planted
 import pytest
 import torch
@@ -37,11 +36,3 @@ def known():
     model, pairs = planted.build_model(), planted.prompt_pairs()
     acts = mg.record(model, pairs, ["post", "resid_post"])
     return SimpleNamespace(model=model, pairs=pairs, acts=acts, score=mg.attribute(acts, "post", n_permutations=10_000))
-
-
-@pytest.fixture
-def unchecked():
-    """Shapes and types unchecked, as for a user: the package's own refusals are reached."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -16,7 +16,7 @@ from memgen_lens.analysis.attribution.observational import attribute, correlatio
 from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.analysis.probing.probes import fit_probes, score_probe
 from memgen_lens.analysis.recording.activations import record
-from memgen_lens.analysis.steering.judge import Judge
+from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
 from memgen_lens.analysis.steering.transfer import shift_rates

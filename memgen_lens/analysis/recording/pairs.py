@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.behavior import observe, observe_items
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -19,7 +22,7 @@ from memgen_lens.models.guard import lens_model
 
 @arguments(
     model=lens_model("collect_pairs"),
-    task=kinds.TaskLike,
+    task=kinds.one(PromptPairs) | kinds.TaskLike,
     seed=kinds.Seed,
     shares=kinds.Parts,
     batch_size=kinds.Count,
@@ -41,7 +44,8 @@ def collect_pairs(
 
     Args:
         model: A HookedTransformer.
-        task: A task (`memgen_lens.tasks`).
+        task: A task (`memgen_lens.tasks`). Or a user's own pairs, asked as they are: those are kept on which the model
+            shows both answers (or says two different things, where no answers are given), and dealt anew.
         seed: Seed of the split.
         shares: Shares of the flipping items in ``select`` and ``tune``; the rest is ``test``.
         batch_size: Prompts in one forward pass.
@@ -55,6 +59,8 @@ def collect_pairs(
         PairsError: The shares leave no pairs to test on.
     """
     require_shares(shares)
+    if isinstance(task, PromptPairs):
+        return _flipping(model, task, seed, shares, batch_size, progress)
     asked = observe(model, task, split="memorized", batch_size=batch_size, progress=progress)
     recalled = [outcome.item for outcome in asked if outcome.behavior is Behavior.MEMORIZATION]
     candidates = [(item, rephrased) for item in recalled for rephrased in task.rephrase(item)]
@@ -75,4 +81,19 @@ def collect_pairs(
         n_items=len(set(of_asked)),
         n_flipped=len(set(of_flips)),
         n_items_by_task=Counter({key: item.task for key, item in zip(of_asked, alone, strict=True)}.values()),
+    )
+
+
+def _flipping(
+    model: LensModel, pairs: PromptPairs, seed: int, shares: Sequence[float], batch_size: int, progress: bool
+) -> PromptPairs:
+    """Those of a user's pairs whose prompts show what they are labelled with, with their answers."""
+    judge = Judge.of(model, None, pairs, batch_size=batch_size, progress=progress)
+    right, _ = judge.shown(model, np.arange(len(pairs)), batch_size=batch_size)
+    kept = judge.pairs.take(np.flatnonzero(right))
+    keys = kept.item.tolist()
+    split = split_items(keys, shares=shares, seed=seed)
+    asked = {item.key: item.task for item in pairs.memorized}
+    return replace(
+        kept, split=split, n_items=len(asked), n_flipped=len(set(keys)), n_items_by_task=Counter(asked.values())
     )

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import observe_items
 from memgen_lens.core import arguments as kinds

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.judge import Judge
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments

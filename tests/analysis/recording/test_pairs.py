@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import planted
 import pytest
@@ -170,3 +171,31 @@ def test_items_that_share_a_prompt_are_one_item_in_one_split():
 def test_shares_that_leave_no_test_are_refused_before_anything_is_asked():
     with pytest.raises(PairsError, match="together below 1"):
         mg.collect_pairs(planted.build_model(), helpers.tiny_task(), seed=0, shares=(0.9, 0.9))
+
+
+def test_of_a_users_own_pairs_those_are_kept_that_flip_and_dealt_anew():
+    model, n = planted.build_model(), 40
+    memorized, generalized = planted.prompts("M", n, seed=0), planted.prompts("G", n, seed=1)
+    rule = [planted.RULE if i % 4 else "a" for i in range(n)]  # on every fourth the model says something else
+    recall = [planted.MEMORY if i % 5 else "b" for i in range(n)]
+    asked = PromptPairs.from_strings(
+        memorized, generalized, rule_answers=rule, memorized_answers=recall, items=[i // 2 for i in range(n)]
+    )
+    pairs = mg.collect_pairs(model, asked, seed=3, progress=False)
+    expected = [i for i in range(n) if i % 4 and i % 5]
+    assert [item.prompt for item in pairs.memorized] == [memorized[i] for i in expected]
+    assert [item.prompt for item in pairs.generalized] == [generalized[i] for i in expected]
+    n_items = len(set(asked.item.tolist()))
+    kept = len(set(pairs.item.tolist()))
+    assert (pairs.n_items, pairs.n_flipped) == (n_items, kept)
+    assert sum(pairs.n_items_by_task.values()) == n_items
+    dealt = {split: len(set(pairs.item[pairs.split == split].tolist())) for split in SPLITS}
+    assert (dealt["select"], dealt["tune"], sum(dealt.values())) == (round(0.4 * kept), round(0.2 * kept), kept)
+
+
+def test_own_pairs_without_answers_flip_where_the_model_says_two_things():
+    model = planted.build_model()
+    asked = PromptPairs.from_strings(["aM=", "bM=", "cG="], ["aG=", "bM=", "cM="])
+    pairs = mg.collect_pairs(model, asked, seed=0, progress=False)
+    assert [item.prompt for item in pairs.memorized] == ["aM=", "cG="]
+    assert [(item.rule_answer, item.memorized_answer) for item in pairs.memorized] == [("r", "m"), ("m", "r")]

@@ -568,7 +568,6 @@ def test_a_model_without_the_site_is_refused(known):
 
 
 def test_shapes_are_checked_in_every_test(known):
-    """The fixture `unchecked` switches the checks off where they are in the way, and on again."""
     steer = Steering.from_scores(known.score)
     with pytest.raises(jaxtyping.TypeCheckError):
         replace(steer, shift="nothing")

@@ -1,6 +1,6 @@
 """Judge what a model says to the prompts of pairs: by their task, or by a user's own answers.
 
-Does not steer.
+Does not steer, nor know who does.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from memgen_lens.behavior import complete
 from memgen_lens.core.errors import PairsError
@@ -96,6 +96,21 @@ class Judge:
         Raises:
             PairsError: Fewer than 8 of them do; the error shows three prompts, what was expected and what was said.
         """
+        right, wrong = self.shown(model, index, batch_size=batch_size)
+        if right.sum() < MINIMUM_PAIRS:
+            examples = [wrong[p] for p in sorted(wrong)[:N_EXAMPLES]]
+            raise PairsError(
+                "steering pairs that flip unsteered",
+                expected=f"at least {MINIMUM_PAIRS} pairs",
+                received=f"{right.sum()} of {len(index)} whose prompts show what they are labelled with",
+                fix=self._way_out(index) + "".join(f"\n  {text}" for text in examples),
+            )
+        return index[right]
+
+    def shown(
+        self, model: LensModel, index: Int[np.ndarray, " index"], *, batch_size: int
+    ) -> tuple[Bool[np.ndarray, " index"], dict[int, str]]:
+        """Whether both prompts of a pair show, unsteered, what they are labelled with; a line on each that does not."""
         right = np.ones(len(index), dtype=bool)
         wrong: dict[int, str] = {}
         for name, aim in (("memorized", Behavior.MEMORIZATION), ("generalized", Behavior.GENERALIZATION)):
@@ -106,15 +121,7 @@ class Judge:
             for p in np.flatnonzero(~shows):
                 wrong.setdefault(int(p), _example(asked[p], name, outputs[p]))
             right &= shows
-        if right.sum() < MINIMUM_PAIRS:
-            examples = [wrong[p] for p in sorted(wrong)[:N_EXAMPLES]]
-            raise PairsError(
-                "steering pairs that flip unsteered",
-                expected=f"at least {MINIMUM_PAIRS} pairs",
-                received=f"{right.sum()} of {len(index)} whose prompts show what they are labelled with",
-                fix=self._way_out(index) + "".join(f"\n  {text}" for text in examples),
-            )
-        return index[right]
+        return right, wrong
 
     def _way_out(self, index: Int[np.ndarray, " index"]) -> str:
         """What to change where too few pairs show what they are labelled with."""

@@ -7,7 +7,7 @@ import planted
 import pytest
 
 import memgen_lens as mg
-from memgen_lens.analysis.steering.judge import Judge, _short
+from memgen_lens.analysis.recording.judge import Judge, _short
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.types import Behavior
 
