@@ -333,9 +333,13 @@ class SweepRow:
     @property
     def gain(self) -> float:
         """Shift rate minus the rate of other outputs, summed over both directions, in [-2, 2]; what is maximized."""
-        towards_computing = self.to_generalization - self.to_generalization_other
-        towards_recall = self.memorized_form - self.to_memorization_other
-        return towards_computing + towards_recall
+        return self.gain_toward("generalization") + self.gain_toward("memorization")
+
+    def gain_toward(self, toward: Direction) -> float:
+        """The same in one direction, in [-1, 1]."""
+        if toward == "generalization":
+            return self.to_generalization - self.to_generalization_other
+        return self.memorized_form - self.to_memorization_other
 
 
 def counts_rows(path: Path, what: str) -> RunDirectoryError:

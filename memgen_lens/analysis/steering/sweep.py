@@ -144,8 +144,9 @@ def sweep_steering(
 
 @arguments(
     rows=kinds.several(kinds.one(SweepRow)),
+    toward=kinds.DirectionName | None,
 )
-def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
+def choose_setting(rows: Sequence[SweepRow], *, toward: Direction | None = None) -> SweepRow:
     """The setting with the largest shift rate minus the rate of other outputs, summed over both directions.
 
     Towards memorization, an output in memorized form counts as shifted: where the memorized answers are random
@@ -154,9 +155,19 @@ def choose_setting(rows: Sequence[SweepRow]) -> SweepRow:
     within one item of the best in either direction count as equals, and among equals the gentlest is chosen, the
     smallest fraction times alpha: a harder push than needed is what makes controls and side effects worse.
 
+    Args:
+        rows: What `sweep_steering` gave.
+        toward: Count this direction alone: one shift shared by all prompts may turn one answer into the other and be
+            unable to turn it back, where the prompts' other answers have nothing in common.
+
     Raises:
         SettingsError: There are no rows.
     """
-    best = max(row.gain for row in rows)
-    equals = [row for row in rows if row.gain >= best - 2 / row.n_items - 1e-9]
-    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -row.gain))
+
+    def gain(row: SweepRow) -> float:
+        return row.gain if toward is None else row.gain_toward(toward)
+
+    n_directions = 2 if toward is None else 1
+    best = max(map(gain, rows))
+    equals = [row for row in rows if gain(row) >= best - n_directions / row.n_items - 1e-9]
+    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -gain(row)))

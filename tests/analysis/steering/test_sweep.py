@@ -259,6 +259,15 @@ def test_as_gentle_ones_are_told_apart_by_their_gain():
     assert mg.choose_setting([worse, better]) is mg.choose_setting([better, worse]) is better
 
 
+def test_one_direction_alone_can_be_chosen_for():
+    there, back = row(0.1, 1.0, 0.9, 0, 0.0, 0.5), row(0.1, 1.0, 0.0, 0.9, 0.8, 0.1)
+    both, harsh = row(0.1, 1.0, 0.5, 0, 0.5, 0), row(0.1, 2.0, 0.91, 0, 0.0, 0.5)
+    rows = [there, back, both, harsh]
+    assert mg.choose_setting(rows) is both
+    assert mg.choose_setting(rows, toward="generalization") is there  # within one item of the harsher one
+    assert mg.choose_setting(rows, toward="memorization") is back
+
+
 def test_patches_are_chosen_by_their_fraction():
     wide, narrow = row(0.5, None, 0.9, 0, 0.9, 0), row(0.1, None, 0.9, 0, 0.9, 0)
     assert mg.choose_setting([wide, narrow]) is narrow
