@@ -1,6 +1,7 @@
 """Execute the notebooks in place and keep their outputs: ``make demos``.
 
-With MEMGEN_DEMO_STEPS set, training in the notebooks is cut to that many steps (the tests do so).
+With MEMGEN_DEMO_STEPS set, training in the notebooks is cut to that many steps, with MEMGEN_DEMO_STORIES prompts are
+fewer (the tests set both).
 """
 
 import sys
@@ -13,9 +14,12 @@ HERE = Path(__file__).parent
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """Run all cells of a notebook and return it with their outputs."""
+    """Run all cells of a notebook and return it with their outputs, progress bars and warnings left out."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": HERE}}).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
