@@ -4,6 +4,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -224,3 +225,48 @@ def test_what_cannot_be_read_is_refused_in_one_line(llama, tmp_path, monkeypatch
         mg.load_model(llama)
     with pytest.raises(ModelError, match="received int"):
         mg.load_model(3)
+
+
+def analysed(model):
+    """Figures of the whole analysis of a user's own pairs on a model, as plain numbers and text."""
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789"))
+    prompts = ["".join(rng.choice(letters, 5)) + "=" for _ in range(200)]
+    asked = mg.PromptPairs.from_strings(prompts[:100], prompts[100:], max_new_tokens=1, match="exact")
+    pairs = mg.collect_pairs(model, asked, seed=0, progress=False)
+    acts = mg.record(model, pairs, ["post"], progress=False)
+    score = mg.attribute_streaming(model, pairs, ["post"], n_permutations=0, progress=False)["post"]
+    rows = mg.sweep_steering(model, None, pairs, score, top_fractions=[0.5], alphas=[1.0, 8.0], progress=False)
+    steer = mg.Steering.from_scores(score, 0.5, 8.0)
+    table = mg.evaluate_steering(model, None, pairs, steer, progress=False)
+    return acts.site("post").memorized, score.nmd, [row.to_memorization for row in rows], table.to_memorization
+
+
+@pytest.mark.parametrize("how", [{"device_map": "auto"}, {"device_map": {"": "cpu"}}], ids=["auto", "named"])
+def test_the_whole_analysis_runs_where_transformers_places_the_layers(llama, how):
+    """Without a second device, all that can be tested is that the placement goes through and changes no figure."""
+    expected, found = analysed(mg.load_model(llama)), analysed(mg.load_model(llama, **how))
+    for one, other in zip(expected[:2], found[:2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert expected[2:] == found[2:]
+    assert expected[3].n >= 8
+
+
+def test_the_whole_analysis_runs_in_bfloat16(llama):
+    model = mg.load_model(llama, dtype="bfloat16")
+    recorded, nmd, rates, table = analysed(model)
+    plain, plain_nmd, *_ = analysed(mg.load_model(llama))
+    assert recorded.dtype == np.float32 and np.isfinite(nmd).all()
+    assert recorded.shape[1:] == plain.shape[1:] and nmd.shape == plain_nmd.shape
+    assert len(rates) == 2 and table.n >= 8
+    assert {parameter.dtype for parameter in model.original_model.parameters()} == {torch.bfloat16}
+
+
+def test_what_steering_adds_goes_to_the_device_of_the_layer():
+    """The stand-in of a second device: ``meta`` has no numbers and mixes with no other device."""
+    from memgen_lens.analysis.steering.steering import _patch, _shift
+
+    h = torch.zeros(4, 6, device="meta")
+    index = torch.zeros(4, dtype=torch.long, device="meta")
+    assert _shift(torch.ones(2, 6))(h, index, index).device.type == "meta"
+    assert _patch(torch.ones(4, 6), torch.ones(2, 6, dtype=torch.bool))(h, index, index).device.type == "meta"
