@@ -32,7 +32,7 @@ def rows() -> list[Row]:
         Row(f'{size}: record(["post"])', {"ours": record_post, **peers}, tolerance=1e-5, **one),
         Row(f"{size}: attribute_streaming", {"ours": streaming, **peers}, **one),
         Row(f"{size}: record of 7 sites", {"ours": record_seven, **peers}, **one),
-        Row(f"{steered}: evaluate_steering", {"ours": evaluate}, threads=1, rounds=1),
+        Row(f"{steered}: evaluate_steering", {"ours": evaluate}, rounds=2),
         Row(swept, {"ours": sweep, "hooks and generate, a setting at a time": sweep_one_by_one},
             threads=1, rounds=1, tolerance=0),
     ]  # fmt: skip
@@ -126,19 +126,32 @@ def evaluate() -> Run:
 
 
 def sweep() -> Run:
-    """`sweep_steering` of 100 settings."""
+    """`sweep_steering` of 100 settings; the answer is all that was said, ``[direction, setting, prompt]``."""
+    from memgen_lens.analysis.steering import sweep as module
+
     model = lens_model()
     pairs, score = _flipping(model, 50)
+    said: list[list[list[str]]] = []
+    steered_outputs = module.steered_outputs
+
+    def listening(*args: Any, **how: Any) -> Any:
+        said.append(steered_outputs(*args, **how))
+        return said[-1]
 
     def run() -> np.ndarray:
-        rows = mg.sweep_steering(model, None, pairs, score, top_fractions=FRACTIONS, alphas=ALPHAS, split="test")
-        return np.array([[row.to_generalization, row.to_memorization] for row in rows])
+        said.clear()
+        module.steered_outputs = listening
+        try:
+            mg.sweep_steering(model, None, pairs, score, top_fractions=FRACTIONS, alphas=ALPHAS, split="test")
+        finally:
+            module.steered_outputs = steered_outputs
+        return np.array(said)
 
     return run
 
 
 def sweep_one_by_one() -> Run:
-    """What a user writes: hooks on the model, `generate`, a loop over the settings; judged as ours are."""
+    """What a user writes: hooks on the model, `generate`, a loop over the settings; the same answer."""
     from memgen_lens.analysis.recording.judge import Judge
 
     model = lens_model()
@@ -148,11 +161,10 @@ def sweep_one_by_one() -> Run:
     sides = {toward: judge.side(toward, index) for toward in ("generalization", "memorization")}
 
     def run() -> np.ndarray:
-        table = []
+        table: dict[str, list[list[str]]] = {toward: [] for toward in sides}
         for fraction in FRACTIONS:
             for alpha in ALPHAS:
                 steer = mg.Steering.from_scores(score, fraction, alpha, positions="answer")
-                shares = []
                 for toward, items in sides.items():
                     ids = torch.tensor(model.tokenizer([item.prompt for item in items])["input_ids"])
                     with torch.inference_mode(), steer.applied(model, toward=toward):
@@ -164,9 +176,8 @@ def sweep_one_by_one() -> Run:
                             return_type="tokens",
                         )
                     said = model.tokenizer.batch_decode(new[:, ids.shape[1] :], skip_special_tokens=True)
-                    shares.append(np.mean([judge.behavior(i, o) == toward for i, o in zip(items, said, strict=True)]))
-                table.append(shares)
-        return np.array(table)
+                    table[toward].append(said)
+        return np.array(list(table.values()))
 
     return run
 

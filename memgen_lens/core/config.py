@@ -187,7 +187,7 @@ class AnalysisConfig(Settings):
     tune_share: float = Field(0.2, gt=0, lt=1)
     """Share of items that choose site, fraction and alpha; the rest is the test."""
     n_permutations: int = Field(1000, ge=1000)
-    """Sign flips of the paired permutation test."""
+    """Sign flips of the paired permutation test; all pairs of an item are flipped together."""
     top_fractions: tuple[float, ...] = Field((0.05, 0.1, 0.2, 0.3, 0.5), min_length=1)
     """Fractions of a site's neurons to try, each in (0, 1]."""
     alphas: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), min_length=1)
