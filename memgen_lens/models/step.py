@@ -57,7 +57,8 @@ def forward(
             extra |= {"use_cache": past is not None}
         if past is not None:
             extra["past_key_values"] = past.cache
-        logits = model(tokens, attention_mask=whole, **extra)
+        with fast_products(model):
+            logits = model(tokens, attention_mask=whole, **extra)
     if past is not None:
         past.mask = torch.cat([past.mask, mask], dim=1)
     return logits[:, -1]

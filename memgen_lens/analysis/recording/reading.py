@@ -191,7 +191,8 @@ def _run(model: LensModel, batch: Batch, hooks: Sequence[str]) -> None:
     extra |= {"use_cache": False} if takes(model, "use_cache") else {}
     # A Bridge stops by an exception from a block: it has none behind the last.
     stop = None if stop == model.cfg.n_layers else stop
-    model(batch.tokens, attention_mask=batch.mask, stop_at_layer=stop, **extra)
+    with fast_products(model):
+        model(batch.tokens, attention_mask=batch.mask, stop_at_layer=stop, **extra)
 
 
 def _never_called(which: str) -> SiteError:
