@@ -27,7 +27,7 @@ def character_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     """One token a character, and the special tokens named; nothing is added to a text unless they say so."""
     names = ["<pad>", "<eos>", "<bos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate([*names, *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=special.get("unk_token") or "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
     backend.decoder = decoders.Fuse()
     settings = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"} | special

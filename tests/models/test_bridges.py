@@ -355,3 +355,13 @@ class TestRefused:
         for call in calls:
             with pytest.raises(ModelError, match="_compiled_call_impl"):
                 call()
+
+
+@pytest.mark.parametrize("prompt", ["a?b", "q<eos>?"])
+def test_an_unknown_character_is_refused_where_it_would_become_an_end_of_text(prompt):
+    """As with GPT-2's tokenizer: unk is eos, so that an unknown character would end the prompt in silence."""
+    model = bridges.bridge("llama", tokenizer=bridges.character_tokenizer(unk_token="<eos>"))
+    assert model.tokenizer.unk_token_id == model.tokenizer.eos_token_id
+    with pytest.raises(ModelError, match=r"in which '\?' has no token"):
+        mg.complete(model, ["ab", prompt], max_new_tokens=2, progress=False)
+    assert len(mg.complete(model, ["ab", "q<eos>z"], max_new_tokens=2, progress=False)) == 2
