@@ -223,7 +223,8 @@ def _flipping(model: Any, n_pairs: int) -> tuple[mg.PromptPairs, mg.NeuronScores
     memorized, generalized = zip(*couples, strict=True)
     pairs = mg.PromptPairs.from_strings(
         [text for text, _ in memorized], [text for text, _ in generalized],
-        memorized_answers=[answer for _, answer in memorized], rule_answers=[answer for _, answer in generalized], max_new_tokens=2,
+        memorized_answers=[answer for _, answer in memorized], rule_answers=[answer for _, answer in generalized],
+        max_new_tokens=2,
     )  # fmt: skip
     return pairs, mg.attribute(mg.record(model, pairs, ["post"]), "post")
 
