@@ -32,7 +32,7 @@ def rows() -> list[Row]:
         Row(f'{size}: record(["post"])', {"ours": record_post, **peers}, tolerance=1e-5, **one),
         Row(f"{size}: attribute_streaming", {"ours": streaming, **peers}, **one),
         Row(f"{size}: record of 7 sites", {"ours": record_seven, **peers}, **one),
-        Row(f"{steered}: evaluate_steering", {"ours": evaluate}, rounds=2),
+        Row(f"{steered}: evaluate_steering", {"ours": evaluate}, threads=1, rounds=2),
         Row(swept, {"ours": sweep, "hooks and generate, a setting at a time": sweep_one_by_one},
             threads=1, rounds=1, tolerance=0),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 A function names what each of its arguments may be, once, in a decorator; pydantic converts what has a plain meaning
 (one prompt where a list belongs, a numpy integer, a generator) and refuses the rest, and the refusal becomes one of
 our errors. Does not know what the functions do, and does not look into models and tasks, which are anything that
-behaves like one. Paths are checked where they are taken (`memgen_lens.core.files.user_path`).
+behaves like one.
 """
 
 from collections.abc import Callable, Iterable, Mapping

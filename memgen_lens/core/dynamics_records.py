@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
-from memgen_lens.core.records import ProbeScores, SteeringSetting, counts_rows
+from memgen_lens.core.files import counts_rows, damaged, read_json, with_nulls, write_json
+from memgen_lens.core.records import ProbeScores, SteeringSetting
 
 FILE = "dynamics.json"
 BEHAVIORS = ("generalization", "memorization", "rephrased_generalization", "flips")

@@ -206,3 +206,13 @@ def cannot_write(path: Path, error: Exception) -> RunDirectoryError:
         received=getattr(error, "strerror", None) or str(error),
         fix="Choose another directory with --out (memgen-lens) or out=.",
     )
+
+
+def counts_rows(path: Path, what: str) -> RunDirectoryError:
+    """The error for a file whose statistics took rows for independent that are not: nothing in it can mend them."""
+    return RunDirectoryError(
+        f"reading {path}",
+        expected=f"{what} that count items",
+        received=f"{what} of an earlier version, which took all prompts of an item for independent",
+        fix="Such figures look surer than they are: measure again, with --force (memgen-lens) or force=True.",
+    )

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import RunDirectoryError, SiteError, suggest
-from memgen_lens.core.files import damaged, read_arrays, write_arrays
+from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.files import counts_rows, damaged, read_arrays, write_arrays
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import Direction, Positions
 
@@ -340,13 +340,3 @@ class SweepRow:
         if toward == "generalization":
             return self.to_generalization - self.to_generalization_other
         return self.memorized_form - self.to_memorization_other
-
-
-def counts_rows(path: Path, what: str) -> RunDirectoryError:
-    """The error for a file whose statistics took rows for independent that are not: nothing in it can mend them."""
-    return RunDirectoryError(
-        f"reading {path}",
-        expected=f"{what} that count items",
-        received=f"{what} of an earlier version, which took all prompts of an item for independent",
-        fix="Such figures look surer than they are: measure again, with --force (memgen-lens) or force=True.",
-    )

@@ -22,7 +22,6 @@ from memgen_lens.fast.blocks import Blocks
 from memgen_lens.fast.products import fast_products
 from memgen_lens.fast.prompts import at_last_position, can_read
 from memgen_lens.fast.support import is_hooked_transformer, is_plain
-from memgen_lens.models.guard import require_lens_model
 from memgen_lens.models.sites import ENTERS_FIRST_BLOCK, block_of, site_hooks
 from memgen_lens.models.step import takes
 from memgen_lens.models.tokens import Batch, in_batches, tokenized
@@ -64,10 +63,8 @@ def recorded_blocks(
     Raises:
         SiteError: A site is unknown, or the model lacks it.
         PairsError: There are no pairs.
-        ModelError: The model is compiled or no lens model, the tokenizer lacks a character, or model and tokens are on
-            different devices.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
-    require_lens_model(model, call=call)
     pairs.require(1, len(pairs), call=call)
     known = model.hook_dict  # a Bridge makes it anew at each look
     groups = {site: site_hooks(model, site, known=known) for site in sites} | {EMBEDDING: [ENTERS_FIRST_BLOCK]}
