@@ -74,7 +74,11 @@ def hugging_face_bf16(**size: Any) -> Run:
 def _ours(*, bf16: bool, n_layers: int, width: int, batch: int, loss: str) -> Run:
     model = _hooked(n_layers, width)
     inputs, labels = _data(batch, loss)
-    groups = [Rows(inputs, labels, int((labels != -100).any(0).int().argmax()))]
+    groups = [
+        Rows(
+            inputs, labels, int((labels != -100).any(0).int().argmax()), torch.full((len(inputs),), inputs.shape[1] + 1)
+        )
+    ]
     _MEMORY.enter_context(freed_memory_kept())  # as `train` does
 
     def of_loss() -> torch.Tensor:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memgen_lens import tasks
-from memgen_lens.core.config import AnalysisConfig, ModelConfig, TrainConfig
+from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, TrainConfig
 from memgen_lens.core.errors import MemgenError
 from memgen_lens.core.threads import wait_briefly
 from memgen_lens.core.types import Behavior
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.experiment import run_experiment
     from memgen_lens.models import load_model, save_model
-    from memgen_lens.training import train
+    from memgen_lens.training import finetune, train
     from memgen_lens.training_dynamics import dynamics
     from memgen_lens.viz import figures
     from memgen_lens.viz.report import write_report
@@ -59,6 +59,7 @@ _LAZY = {
     "dynamics": "memgen_lens.training_dynamics",
     "evaluate_steering": "memgen_lens.analysis",
     "figures": "memgen_lens.viz.figures",
+    "finetune": "memgen_lens.training",
     "fit_probes": "memgen_lens.analysis",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
@@ -78,6 +79,7 @@ __all__ = [
     "Behavior",
     "Dynamics",
     "ExperimentConfig",
+    "FinetuneConfig",
     "MemgenError",
     "ModelConfig",
     "NeuronScores",
@@ -93,6 +95,7 @@ __all__ = [
     "dynamics",
     "evaluate_steering",
     "figures",
+    "finetune",
     "fit_probes",
     "load_activations",
     "load_model",

@@ -15,38 +15,32 @@ from typing import Any
 import torch
 
 from memgen_lens.analysis import (
-    Steering,
-    attribute,
-    choose_setting,
     collect_pairs,
-    evaluate_steering,
-    fit_probes,
-    record,
-    sweep_steering,
 )
-from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
+from memgen_lens.core.config import FinetuneConfig
 from memgen_lens.core.errors import PairsError
-from memgen_lens.core.files import read_json, with_nulls, write_json, write_jsonl
+from memgen_lens.core.files import read_json, write_json, write_jsonl
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.metrics import (
     SCHEMA,
     attribution_metrics,
     behavior_metrics,
-    consistency_metrics,
     probe_metrics,
     steering_metrics,
 )
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
 from memgen_lens.core.run_directory import prepared, processor
-from memgen_lens.models import build_model
+from memgen_lens.models import build_model, load_model
 from memgen_lens.models.build import require_device
 from memgen_lens.models.sites import site_hooks
 from memgen_lens.presets import ExperimentConfig
+from memgen_lens.stages import compare, find_and_predict, steer
 from memgen_lens.training import TrainingRun, train
+from memgen_lens.training.finetune import tune
 from memgen_lens.viz.report import write_report
 
 PACKAGES = ("memgen-lens", "transformer-lens", "torch", "numpy", "scipy", "scikit-learn", "transformers", "plotly")
@@ -137,7 +131,7 @@ def run_experiment(
     """
     started = time.perf_counter()
     config = config.seeded()
-    _require_possible(config)
+    require_device(config.train.device, call="run_experiment")
     sites = [*config.analysis.sites, config.analysis.probe_site]
     with prepared(out, sites=sites, resume=resume, force=force) as directory:
         return _run(config, directory, started, resume=resume, force=force, progress=progress, say=say)
@@ -155,7 +149,7 @@ def _run(
 ) -> Experiment:
     """All stages, in a directory that is this run's alone."""
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
-    training = train(config.task, config.train, out=directory, resume=resume, force=force, progress=progress)
+    training = _learn(config, directory, resume=resume, force=force, progress=progress)
     model, task, analysis = training.model, config.task, config.analysis
     trained = time.perf_counter()
 
@@ -182,9 +176,9 @@ def _run(
     consistency: dict[str, Any] = {}
     probes, why = None, None
     try:
-        scores, probes = _find_and_predict(directory, config, model, pairs, say, progress)
-        tables = _steer(directory, config, model, pairs, scores, say, progress)
-        consistency = _compare(directory, config, model, pairs, tables["shift"].setting.site, say, progress)
+        scores, probes = find_and_predict(directory, config, model, pairs, say, progress)
+        tables = steer(directory, config, model, pairs, scores, say, progress)
+        consistency = compare(directory, config, model, pairs, tables["shift"].setting.site, say, progress)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
         why = str(error)
@@ -219,130 +213,21 @@ def _run(
     return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
 
 
-def _find_and_predict(
-    directory: Path,
-    config: ExperimentConfig,
-    model: Any,
-    pairs: PromptPairs,
-    say: Callable[[str], None],
-    progress: bool,
-) -> tuple[dict[str, NeuronScores], ProbeReport]:
-    """Score the neurons of every site and fit the probes; save both."""
-    analysis = config.analysis
-    how = {"batch_size": analysis.batch_size, "progress": progress}
-    sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
-    acts = record(model, pairs, sites, **how)
-    say(f"scoring neurons of {', '.join(sites)}")
-    scores = {site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in sites}
-    for score in scores.values():
-        score.save(directory / "scores")
-    say("fitting probes")
-    probes = fit_probes(acts, analysis.probe_site, seed=config.seed)
-    write_json(directory / "probes.json", probes.summary())
-    return scores, probes
+def _learn(config: ExperimentConfig, directory: Path, *, resume: bool, force: bool, progress: bool) -> TrainingRun:
+    """Train from scratch, or tune the pretrained model; no site that the model will lack is found out afterwards."""
+    how = {"out": directory, "resume": resume, "force": force, "progress": progress}
+    if isinstance(config.train, FinetuneConfig):
+        assert config.base is not None
+        base = load_model(config.base, device=config.train.device)
+        _require_sites(config, base)
+        return tune(base, config.base, config.task, config.train, **how)
+    _require_sites(config, build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0))
+    return train(config.task, config.train, **how)
 
 
-def _steer(
-    directory: Path,
-    config: ExperimentConfig,
-    model: Any,
-    pairs: PromptPairs,
-    scores: dict[str, NeuronScores],
-    say: Callable[[str], None],
-    progress: bool,
-) -> dict[str, SteeringTable]:
-    """Choose both steerings on ``tune``, report them on ``test``, and see which layers matter; save all."""
-    analysis, task = config.analysis, config.task
-    how = {"batch_size": analysis.batch_size, "progress": progress}
-    candidates = [scores[site] for site in analysis.sites]
-    source = record(model, pairs, analysis.sites, **how)
-    shared = {"top_fractions": analysis.top_fractions, **how}
-    say("choosing site, fraction and alpha on the tune pairs")
-    shifts = sweep_steering(
-        model, task, pairs, candidates, alphas=analysis.alphas, positions=analysis.positions, **shared
-    )
-    patches = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
-    say("steering the test pairs, with controls")
-    tables = {}
-    for mode, rows in (("shift", shifts), ("patch", patches)):
-        chosen = choose_setting(rows).setting
-        steer = Steering.from_scores(
-            scores[chosen.site],
-            chosen.top_fraction,
-            chosen.alpha or 1.0,
-            mode=chosen.mode,
-            source=source,
-            positions=chosen.positions,
-        )
-        tables[mode] = evaluate_steering(
-            model,
-            task,
-            pairs,
-            steer,
-            n_controls=analysis.n_controls,
-            seed=config.seed,
-            **how,
-        )
-    shift = tables["shift"].setting
-    by_layer = sweep_steering(
-        model,
-        task,
-        pairs,
-        scores[shift.site],
-        top_fractions=(shift.top_fraction,),
-        alphas=(shift.alpha,),
-        positions=(shift.positions,),
-        layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
-        **how,
-    )
-    write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
-    return tables
-
-
-def _compare(
-    directory: Path,
-    config: ExperimentConfig,
-    model: Any,
-    pairs: PromptPairs,
-    site: str,
-    say: Callable[[str], None],
-    progress: bool,
-) -> dict[str, Any]:
-    """Compare the neurons of two halves of the pairs and, in a mixture, of its tasks; save both."""
-    analysis = config.analysis
-    how = {"batch_size": analysis.batch_size, "progress": progress}
-    say("comparing halves of the pairs" + (" and tasks" if len(task_names(pairs)) > 1 else ""))
-    try:
-        halves = split_half(record(model, pairs, [site], **how), site, seed=config.seed)
-    except PairsError as error:
-        return {"why": str(error)}
-    tasks, why = None, None
-    if len(task_names(pairs)) > 1:
-        try:
-            tasks = across_tasks(
-                model,
-                config.task,
-                pairs,
-                site,
-                top_fractions=analysis.top_fractions,
-                alphas=analysis.alphas,
-                positions=analysis.positions,
-                seed=config.seed,
-                batch_size=analysis.batch_size,
-            )
-        except PairsError as error:
-            why = str(error)
-    compared = {"split_half": halves, "across_tasks": tasks or ({"why": why} if why else None)}
-    write_json(directory / "consistency.json", with_nulls(compared))
-    return consistency_metrics(halves, tasks, why)
-
-
-def _require_possible(config: ExperimentConfig) -> None:
-    """Refuse, before an hour of training, a device that is not there or a site that the model will not have."""
-    require_device(config.train.device, call="run_experiment")
-    untrained = build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
+def _require_sites(config: ExperimentConfig, model: Any) -> None:
     for site in (*config.analysis.sites, config.analysis.probe_site):
-        site_hooks(untrained, site)
+        site_hooks(model, site)
 
 
 def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun) -> None:
@@ -352,6 +237,8 @@ def _write_config(directory: Path, config: ExperimentConfig, training: TrainingR
         {
             "settings": config.model_dump(mode="json"),
             "task": config.task.name,
+            "model": config.size,
+            "base": training.base,
             "command": f"memgen-lens run {config.preset} --out {directory} --seed {config.seed}",
             "stop_reason": training.stop_reason,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

@@ -3,9 +3,9 @@
 Does not run them: see `memgen_lens.experiment`.
 """
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from memgen_lens.core.config import MAX_SEED, AnalysisConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.config import MAX_SEED, AnalysisConfig, FinetuneConfig, ModelConfig, Settings, TrainConfig
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference, Mixture
 
@@ -21,16 +21,32 @@ class ExperimentConfig(Settings):
     """How long the whole run took, where it was measured."""
     task: AnyTask = Addition()
     """The designed task."""
-    train: TrainConfig = TrainConfig()
-    """How the model is trained."""
+    base: str | None = Field(None, min_length=1)
+    """Pretrained model to be tuned, anything that `load_model` takes: a directory, a name, a GGUF file, "pypi:PACKAGE";
+    none = a model is trained from scratch."""
+    train: TrainConfig | FinetuneConfig = TrainConfig()
+    """How the model is trained from scratch, or the pretrained one tuned."""
     analysis: AnalysisConfig = AnalysisConfig()
     """What is scored, probed and steered."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of everything: of the task, the training and the analysis."""
 
+    @model_validator(mode="after")
+    def _base_is_tuned(self) -> "ExperimentConfig":
+        if (self.base is None) == isinstance(self.train, FinetuneConfig):
+            raise SettingsError(
+                "ExperimentConfig",
+                expected="base and train=FinetuneConfig(...), or neither: train=TrainConfig(...)",
+                received=f"base={self.base!r}, train={type(self.train).__name__}",
+                fix="Name the pretrained model as base, or train from scratch.",
+            )
+        return self
+
     @property
     def size(self) -> str:
         """Shape of the model in words; weights are those of the blocks."""
+        if isinstance(self.train, FinetuneConfig):
+            return f"{self.base}, {self.train.words}"
         model = self.train.model
         weights = model.n_layers * model.d_model * (4 * model.d_model + (2 + model.gated_mlp) * model.d_mlp)
         return f"{model.n_layers} layers of width {model.d_model}, {weights / 1e6:.1f} million weights"

@@ -4,7 +4,7 @@ Does not train, and knows no formula: the stages do.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.config import AnalysisConfig, ModelConfig
+from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import read_json
@@ -41,6 +41,7 @@ from memgen_lens.models.tensors import load_tensors
 from memgen_lens.tasks.task import Task
 from memgen_lens.training import TrainingRun
 from memgen_lens.training.checkpoints import list_checkpoints
+from memgen_lens.training.finetune import load_base, tuned
 
 
 @arguments(
@@ -78,11 +79,11 @@ def dynamics(
 
     At each step anew: neurons ranked and probes fitted on the pairs' ``select`` (probes: and ``tune``), reported on
     ``test``; steering with that step's neurons and shifts at one setting for all steps. Step 0 is the untrained model,
-    made from the run's own seed. The papers (arXiv 2412.18497) look at the trained model only.
+    made from the run's own seed, or the pretrained one. The papers (arXiv 2412.18497) look at the trained model only.
 
     Args:
-        run: A run of `train` with a directory, or that directory. ``TrainConfig.checkpoint_every`` sets how many steps
-            there are to look at.
+        run: A run of `train` or `finetune` with a directory, or that directory. ``checkpoint_every`` of its settings
+            sets how many steps there are to look at.
         site: TransformerLens short name.
         setting: How to steer, in shift mode, at ``site``; default: chosen on ``tune`` with the last model.
         steps: Checkpoints to measure, of those there are (0 for the untrained model); default: all.
@@ -117,21 +118,43 @@ def dynamics(
         score = attribute(acts, site, n_permutations=analysis.n_permutations, seed=seed)
         setting = _choose(model, task, pairs, score, analysis)
 
-    measured: list[dict[str, Any]] = []
-    for folder in tqdm(checkpoints.values(), disable=not progress, desc="dynamics", unit="step"):
-        if folder is None:
-            shape = ModelConfig.from_json(json.dumps(written["train"]["model"]))
-            first = build_model(
-                shape, task.tokenizer, n_ctx=model.cfg.n_ctx, seed=written["train"]["seed"], device=device
-            )
-            set_state(model, state_of(first))
-        else:
-            set_state(model, load_tensors(folder / "weights.safetensors", device=device))
-        measured.append(_measure(model, task, pairs, site, setting, analysis, seed))
+    models = _tuned_models if "base" in written else _trained_models
+    shown = models(model, task, written, checkpoints, device)
+    measured = [
+        _measure(step_model, task, pairs, site, setting, analysis, seed)
+        for step_model in tqdm(shown, total=len(checkpoints), disable=not progress, desc="dynamics", unit="step")
+    ]
     result = _together(task.name, site, list(checkpoints), measured, pairs, input_only, setting)
     if save:
         result.save(directory)
     return result
+
+
+def _trained_models(
+    model: Any, task: Any, written: dict[str, Any], checkpoints: Mapping[int, Path | None], device: str
+) -> Iterator[Any]:
+    """The model at each checkpoint of a run of `train`; at step 0 as it was drawn."""
+    for folder in checkpoints.values():
+        if folder is None:
+            shape, seed = ModelConfig.from_json(json.dumps(written["train"]["model"])), written["train"]["seed"]
+            first = build_model(shape, task.tokenizer, n_ctx=model.cfg.n_ctx, seed=seed, device=device)
+            set_state(model, state_of(first))
+        else:
+            set_state(model, load_tensors(folder / "weights.safetensors", device=device))
+        yield model
+
+
+def _tuned_models(
+    model: Any, task: Any, written: dict[str, Any], checkpoints: Mapping[int, Path | None], device: str
+) -> Iterator[Any]:
+    """The model at each checkpoint of a run of `finetune`; at step 0 the pretrained one."""
+    config = FinetuneConfig.from_json(json.dumps(written["train"]))
+    base = load_base(written["base"], device=device)
+    for folder in checkpoints.values():
+        if folder is None:
+            yield base
+        else:
+            yield tuned(base, load_tensors(folder / "weights.safetensors", device=device), config)
 
 
 def _directory(run: TrainingRun | str | Path) -> Path:

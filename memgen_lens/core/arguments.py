@@ -22,6 +22,7 @@ from memgen_lens.core.types import Direction, Positions, Split
 
 MADE_BY = {
     "Activations": "mg.record",
+    "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
     "NeuronScores": "mg.attribute",
     "ProbeReport": "mg.fit_probes",

@@ -5,7 +5,7 @@ settings (see `memgen_lens.cli`).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,13 +55,14 @@ class Settings(BaseModel, metaclass=_Checked):
 def settings_error(cls: type[BaseModel], error: ValidationError) -> MemgenError:
     """Pydantic's first complaint as one sentence of ours; an error of ours that it wraps stays what it was."""
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"]) or "settings"
+    loc, beside = _place(cls, first["loc"])
+    name = ".".join(map(str, loc)) or "settings"
     if first["type"] == "extra_forbidden":
         return SettingsError(
             cls.__name__,
             expected="a known setting",
             received=f"{name}={shortened(first['input'])}",
-            fix=suggest(str(first["loc"][-1]), _settings_around(cls, first["loc"])),
+            fix=suggest(str(loc[-1]), beside),
         )
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MemgenError):
@@ -75,13 +76,24 @@ def settings_error(cls: type[BaseModel], error: ValidationError) -> MemgenError:
     )
 
 
-def _settings_around(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings beside an unknown one, following ``loc`` into nested settings."""
+def _place(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[int | str], list[str]]:
+    """The place of a complaint, and the names of the settings there.
+
+    Where a setting is one of several classes, pydantic names the class too.
+    """
     fields: Mapping[str, Any] = cls.model_fields
-    for part in loc[:-1]:
-        annotation = fields[str(part)].annotation if part in fields else None
-        fields = getattr(annotation, "model_fields", fields)
-    return list(fields)
+    kinds: dict[str, Any] = {}
+    kept: list[int | str] = []
+    for part in loc:
+        if part in kinds:
+            fields, kinds = kinds[str(part)].model_fields, {}
+            continue
+        kept.append(part)
+        if part != loc[-1]:
+            annotation = fields[str(part)].annotation if part in fields else None
+            kinds = {kind.__name__: kind for kind in get_args(annotation) if hasattr(kind, "model_fields")}
+            fields = getattr(annotation, "model_fields", fields)
+    return kept, list(fields)
 
 
 class ModelConfig(Settings):
@@ -123,11 +135,9 @@ class ModelConfig(Settings):
         return self
 
 
-class TrainConfig(Settings):
-    """How a model is trained until it both recalls and computes."""
+class LearningConfig(Settings):
+    """What training from scratch and tuning a pretrained model have in common: steps, batches, optimizer, targets."""
 
-    model: ModelConfig = ModelConfig()
-    """Shape of the model."""
     max_steps: int = Field(1500, ge=1)
     """Optimizer steps at most; the learning rate decays to zero over them."""
     batch_size: int = Field(256, ge=2)
@@ -161,18 +171,70 @@ class TrainConfig(Settings):
     device: str = "cpu"
     """Torch device to train on, e.g. "cpu" or "cuda"."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    """Seed of the initial weights and of every batch."""
+    """Seed of the weights that are drawn and of every batch."""
 
     @model_validator(mode="after")
-    def _memorizes_at_last(self) -> "TrainConfig":
+    def _memorizes_at_last(self) -> "LearningConfig":
         if self.generic_steps >= self.max_steps:
             raise SettingsError(
-                "TrainConfig",
+                type(self).__name__,
                 expected="generic_steps below max_steps, so that steps with memorized items are left",
                 received=f"generic_steps={self.generic_steps}, max_steps={self.max_steps}",
                 fix="Lower generic_steps or raise max_steps.",
             )
         return self
+
+
+class TrainConfig(LearningConfig):
+    """How a model is trained from scratch until it both recalls and computes."""
+
+    model: ModelConfig = ModelConfig()
+    """Shape of the model."""
+
+
+class FinetuneConfig(LearningConfig):
+    """How a pretrained model is tuned until it both recalls and computes."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Low-rank adapters (arXiv 2106.09685) on frozen weights, or all weights."""
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are dropped in each training step."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, e.g. ("q_proj", "v_proj"); none = all but the unembedding."""
+    layers: tuple[int, ...] = ()
+    """Blocks that get adapters; none = all. Blocks below the lowest run without a graph."""
+    max_steps: int = Field(200, ge=1)
+    """Optimizer steps at most; the learning rate decays to zero over them."""
+    batch_size: int = Field(24, ge=2)
+    """Sequences a step."""
+    memorized_share: float = Field(0.5, gt=0, lt=1)
+    """Share of memorized items in each batch."""
+    generic_steps: int = Field(20, ge=0)
+    """First steps with generic items alone."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(20, ge=0)
+    """Steps of linear warm-up to the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    beta2: float = Field(0.999, gt=0, lt=1)
+    """Second-moment decay of AdamW (the first is 0.9)."""
+    eval_every: int = Field(50, ge=1)
+    """Steps between two measurements of both behaviours."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between two checkpoints (written only where the run has a directory)."""
+
+    @property
+    def words(self) -> str:
+        """What is tuned, in words."""
+        if self.method == "full":
+            return "all weights tuned"
+        where = f" of {len(self.layers)} blocks" if self.layers else ""
+        return f"adapters of rank {self.rank} on {', '.join(self.targets) or 'every linear layer'}{where}"
 
 
 class AnalysisConfig(Settings):

@@ -20,7 +20,11 @@ LOCK = ".memgen_lens.lock"
 TRAINED_FILES = (
     "history.jsonl",
     "checkpoints/settings.json",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/README.md",
     "model/config.json",
+    "model/generation_config.json",
     "model/model.safetensors",
     "model/tokenizer.json",
     "model/tokenizer_config.json",
@@ -41,7 +45,7 @@ OWN_FILES = (
     "report.html",
     "history.jsonl",
 )
-OWN_FOLDERS = ("checkpoints", "model", "scores", "activations")
+OWN_FOLDERS = ("checkpoints", "adapter", "model", "scores", "activations")
 
 
 @contextmanager

@@ -125,6 +125,16 @@ def fast_products(model: Any) -> Iterator[None]:
             mlp.act_fn = gelu_new
 
 
+@contextmanager
+def trained_products() -> Iterator[None]:
+    """Send float32 products by weights on a CPU to oneDNN inside the ``with`` block, forth and back.
+
+    Of frozen weights no gradient is made and no input kept.
+    """
+    with _TrainedRerouted() if available() else nullcontext():
+        yield
+
+
 _FUSED_GELU = partial(F.gelu, approximate="tanh")
 
 
@@ -145,6 +155,37 @@ class _Rerouted(TorchFunctionMode):
                 # One query over cached keys: thousands of products this small are slower than a sum over the axis.
                 return (a.transpose(2, 3) * b).sum(2, keepdim=True)
         return func(*args, **(kwargs or {}))
+
+
+class _TrainedRerouted(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs:
+            x, weight = args[:2]
+            bias = args[2] if len(args) > 2 else None
+            tensors = [x, weight, *([] if bias is None else [bias])]
+            if all(by_onednn(tensor) and compute_dtype(tensor) == torch.float32 for tensor in tensors):
+                return _Product.apply(*tensors)
+        return func(*args, **(kwargs or {}))
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight.T + bias``, of which only those gradients are made that are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        rows = dy.flatten(0, -2)
+        wanted = ctx.needs_input_grad
+        dx = product(dy, weight.t(), None) if wanted[0] else None
+        dw = product(rows.t(), x.flatten(0, -2).t(), None) if wanted[1] else None
+        db = rows.sum(0) if wanted[2:] == (True,) else None
+        return (dx, dw, db)[: len(wanted)]
 
 
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)

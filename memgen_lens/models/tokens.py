@@ -225,10 +225,10 @@ def _beginning(model: LensModel, prompt: str, ids: list[int], prepend_bos: bool 
     if prepend_bos is not None:
         return [bos] if prepend_bos and bos is not None else []
     # What `load_model` keeps is as it was; another Bridge has only what TransformerLens made of it.
-    return list(_own_beginning(getattr(model, "hugging_face_tokenizer", model.tokenizer)))
+    return list(own_beginning(getattr(model, "hugging_face_tokenizer", model.tokenizer)))
 
 
-def _own_beginning(tokenizer: Any) -> tuple[int, ...]:
+def own_beginning(tokenizer: Any) -> tuple[int, ...]:
     """What a Hugging Face tokenizer puts before a text by itself (TransformerLens makes it begin every text)."""
     if tokenizer.init_kwargs.get("add_bos_token") and tokenizer.name_or_path:
         again = _from_its_place(tokenizer.name_or_path)

@@ -6,13 +6,13 @@ the model.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from memgen_lens.core.config import TrainConfig
+from memgen_lens.core.config import LearningConfig
 from memgen_lens.core.items import TrainingText
 from memgen_lens.training.forward import Rows
 
@@ -27,13 +27,16 @@ class Batches:
     Args:
         task: A task (`memgen_lens.tasks.Task`).
         config: Batch size, share of memorized items, first steps without them, loss and seed are read.
+        tokenizer: Tokenizer of the model that learns; default: the task's own.
+        before: Tokens that stand before each sequence, without loss.
     """
 
-    def __init__(self, task: Any, config: TrainConfig) -> None:
+    def __init__(self, task: Any, config: LearningConfig, *, tokenizer: Any = None, before: Sequence[int] = ()) -> None:
         self.task, self.config = task, config
+        self.tokenizer, self.before = tokenizer or task.tokenizer, list(before)
         self.n_memorized = max(1, min(config.batch_size - 1, round(config.batch_size * config.memorized_share)))
         self._ids: dict[str, list[int]] = {}
-        self._memorized = self._rows(
+        self._memorized = self.rows(
             [TrainingText(((item.prompt, False), (item.memorized_answer, True))) for item in task.items("memorized")]
         )
 
@@ -74,7 +77,7 @@ class Batches:
         first = chunk * STEPS_A_CHUNK
         n_memorized = [self.n_memorized if first + i >= self.config.generic_steps else 0 for i in range(STEPS_A_CHUNK)]
         ends = np.cumsum([self.config.batch_size - n for n in n_memorized])
-        generic = self._rows(self.task.draw_training(int(ends[-1]), rng))
+        generic = self.rows(self.task.draw_training(int(ends[-1]), rng))
         picks = rng.integers(len(self._memorized.tokens), size=(STEPS_A_CHUNK, self.n_memorized))
         return [
             [
@@ -84,9 +87,10 @@ class Batches:
             for n, end, pick in zip(n_memorized, ends.tolist(), picks, strict=True)
         ]
 
-    def _rows(self, texts: list[TrainingText]) -> Rows:
+    def rows(self, texts: list[TrainingText]) -> Rows:
         """Tokenize training texts and pad them on the right to one length."""
-        eos, pad = self.task.tokenizer.eos_token_id, self.task.tokenizer.pad_token_id
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        pad = eos if pad is None else pad
         pieces = [piece for text in texts for piece in (*text.pieces, ("", text.pieces[-1][1]))]
         ids = self._encode([piece for piece, _ in pieces])
         ids = [found or [eos] for found in ids]  # the empty piece behind each text
@@ -94,7 +98,12 @@ class Batches:
         whole = self.config.loss == "sequence"
         labelled = np.repeat([whole or loss for _, loss in pieces], sizes)
         n_pieces = np.array([len(text.pieces) + 1 for text in texts])
-        lengths = np.add.reduceat(sizes, np.concatenate([[0], np.cumsum(n_pieces)[:-1]]))
+        first_pieces = np.concatenate([[0], np.cumsum(n_pieces)[:-1]])
+        if self.before:
+            for first in first_pieces.tolist():
+                ids[first] = self.before + ids[first]
+            sizes[first_pieces] += len(self.before)
+        lengths = np.add.reduceat(sizes, first_pieces)
         sequences = np.full((len(texts), int(lengths.max())), pad, dtype=np.int64)
         has_loss = np.zeros(sequences.shape, dtype=bool)
         filled = np.arange(sequences.shape[1]) < lengths[:, None]
@@ -103,7 +112,7 @@ class Batches:
         # The label at position t is token t + 1: the first answer token is predicted from the prompt's last one.
         labels = np.where(has_loss[:, 1:], sequences[:, 1:], -100)
         start = int((labels != -100).any(0).argmax())
-        return Rows(torch.from_numpy(sequences[:, :-1]), torch.from_numpy(labels), start)
+        return Rows(torch.from_numpy(sequences[:, :-1]), torch.from_numpy(labels), start, torch.from_numpy(lengths))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids; texts seen before come from a bounded cache."""
@@ -112,7 +121,7 @@ class Batches:
             if len(self._ids) > CACHE_LIMIT:
                 self._ids.clear()
                 new = list(dict.fromkeys(texts))
-            self._ids.update(zip(new, self.task.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+            self._ids.update(zip(new, self.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
         return [self._ids[text] for text in texts]
 
 

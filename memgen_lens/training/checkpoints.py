@@ -7,6 +7,7 @@ it is written under a temporary name and then renamed. Does not know what traini
 import os
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ import torch
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import cannot_write, read_json, write_json
 from memgen_lens.core.ownership import all_ours, remove_ours
-from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import load_tensors, save_tensors
 
 
 def save_checkpoint(
     directory: Path,
     step: int,
-    model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
@@ -32,7 +32,7 @@ def save_checkpoint(
     Args:
         directory: The run's ``checkpoints`` folder.
         step: Optimizer steps done.
-        model: Its state is kept as it is.
+        weights: What is trained, by name.
         optimizer: Its per-parameter tensors are kept, in the order of the parameters.
         state: Plain values to keep beside them.
 
@@ -44,7 +44,7 @@ def save_checkpoint(
     try:
         _make_room(temporary)
         temporary.mkdir(parents=True)
-        save_tensors(state_of(model), temporary / "weights.safetensors")
+        save_tensors(dict(weights), temporary / "weights.safetensors")
         tensors = {
             f"{index}.{name}": value
             for index, slots in optimizer.state_dict()["state"].items()
@@ -60,11 +60,21 @@ def save_checkpoint(
 
 
 def load_newest(
-    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, device: str
+    directory: Path,
+    set_weights: Callable[[Mapping[str, torch.Tensor]], None],
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: str,
 ) -> dict[str, Any] | None:
-    """Restore model, optimizer and random state from the newest whole checkpoint.
+    """Restore weights, optimizer and random state from the newest whole checkpoint.
 
     A damaged checkpoint is passed over with a warning.
+
+    Args:
+        directory: The run's ``checkpoints`` folder.
+        set_weights: Takes what `save_checkpoint` was given as weights.
+        optimizer: Its state is set.
+        device: Where the weights are put.
 
     Returns:
         What was kept as ``state``, with its ``step``; None if there is no whole checkpoint.
@@ -81,7 +91,7 @@ def load_newest(
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
             continue
         _require_shapes(tensors, optimizer, folder)
-        set_state(model, weights)
+        set_weights(weights)
         _set_random_state(tensors)
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():

@@ -28,19 +28,21 @@ class Rows:
         tokens: Inputs ``[batch, pos]``.
         labels: Next tokens ``[batch, pos]``; -100 where there is no loss.
         start: First position with a label in any row; earlier positions need no logits.
+        lengths: Tokens of each sequence, its last one (which is a label alone) counted, padding not.
     """
 
     tokens: Int[Tensor, "batch pos"]
     labels: Int[Tensor, "batch pos"]
     start: int
+    lengths: Int[Tensor, " batch"]
 
     def take(self, index: slice | Int[Tensor, " row"]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.tokens[index], self.labels[index], self.start)
+        return Rows(self.tokens[index], self.labels[index], self.start, self.lengths[index])
 
     def to(self, device: str) -> "Rows":
         """The same rows on a device."""
-        return Rows(self.tokens.to(device), self.labels.to(device), self.start)
+        return Rows(self.tokens.to(device), self.labels.to(device), self.start, self.lengths)
 
 
 def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from memgen_lens.core.config import TrainConfig
+from memgen_lens.core.config import LearningConfig
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
 from memgen_lens.core.files import cannot_write, damaged, read_json, read_text, user_path, write_json, write_jsonl
 from memgen_lens.core.ownership import holds_ours, is_ours, remove_ours, require_ours
@@ -17,38 +17,52 @@ from memgen_lens.core.records import Evaluation
 from memgen_lens.core.run_directory import TRAINED_FILES, alone_in
 from memgen_lens.training.checkpoints import list_checkpoints
 
-TRAINED = ("checkpoints", "model", "history.jsonl")
+TRAINED = ("checkpoints", "adapter", "model", "history.jsonl")
 """What training begins anew."""
 
 
 @contextmanager
 def prepared(
-    task: Any, config: TrainConfig, out: str | Path | None, *, resume: bool, force: bool
+    call: str,
+    task: Any,
+    config: LearningConfig,
+    out: str | Path | None,
+    *,
+    resume: bool,
+    force: bool,
+    base: dict[str, Any] | None = None,
 ) -> Iterator[Path | None]:
-    """The run's directory, held for this process alone, cleared if ``force``, with what is trained written down."""
+    """The run's directory, held for this process alone, cleared if ``force``, with what is trained written down.
+
+    Args:
+        call: ``"train"`` or ``"finetune"``.
+        task: What is learned.
+        config: How.
+        out: The directory; None for none.
+        resume: Whether to go on with a run that is there.
+        force: Whether to begin anew where one is.
+        base: Name and hash of the pretrained model.
+    """
     if out is None:
         if resume:
             raise SettingsError(
-                "train",
+                call,
                 expected="out= with resume=True",
                 received="no directory",
                 fix="Name the run's directory.",
             )
         yield None
         return
-    directory = user_path(out, call="train(out=...)")
-    with alone_in(directory, call=f"train(out={str(directory)!r})"):
-        _prepare(directory, task, config, resume=resume, force=force)
+    directory = user_path(out, call=f"{call}(out=...)")
+    wanted = {"task": task.settings(), "train": config.model_dump(mode="json")} | ({"base": base} if base else {})
+    with alone_in(directory, call=f"{call}(out={str(directory)!r})"):
+        _prepare(call, directory, wanted, resume=resume, force=force)
         yield directory
 
 
-def _prepare(directory: Path, task: Any, config: TrainConfig, *, resume: bool, force: bool) -> None:
+def _prepare(name: str, directory: Path, wanted: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Check everything, then clear, then write ``settings.json``."""
-    call = f"train(out={str(directory)!r})"
-    wanted = {
-        "task": task.settings(),
-        "train": config.model_dump(mode="json"),
-    }
+    call = f"{name}(out={str(directory)!r})"
     settings = directory / "checkpoints" / "settings.json"
     written = [directory / name for name in TRAINED_FILES]
     try:
@@ -63,7 +77,7 @@ def _prepare(directory: Path, task: Any, config: TrainConfig, *, resume: bool, f
         if resume:
             if read_json(settings) != wanted:
                 raise RunDirectoryError(
-                    f"train(out={str(directory)!r}, resume=True)",
+                    f"{name}(out={str(directory)!r}, resume=True)",
                     expected="the settings that the run was begun with",
                     received=f"others: {_difference(read_json(settings), wanted)}",
                     fix="Use the same settings, or force=True (--force) to begin anew.",

@@ -178,13 +178,15 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
     """What was trained, in a few lines, as far as the settings are the usual ones."""
     settings = run.config.get("settings") or {}
     train = settings.get("train") or {}
-    shape = train.get("model") or {}
+    shape, base = train.get("model") or {}, run.config.get("base") or {}
     task = {"name": _title(run)} | {k: v for k, v in (settings.get("task") or {}).items() if k != "kind"}
     known = ("n_layers", "d_model", "n_heads", "d_mlp", "positional_embedding_type")
     facts = [
         ("Experiment", str(settings.get("about") or "")),
         ("Task", _listed(task)),
         ("Model", _listed({name: shape[name] for name in known if name in shape})),
+        ("Pretrained model", str(run.config.get("model") or "") if base else ""),
+        ("Weights before tuning", f"SHA-256 {base.get('sha256')}" if base else ""),
     ]
     if run.history:
         last = run.history[-1]

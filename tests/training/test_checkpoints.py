@@ -1,6 +1,7 @@
 """Checkpoints bring back weights, optimizer and random state, or are passed over."""
 
 import warnings
+from functools import partial
 
 import helpers
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import save_tensors
 from memgen_lens.training.checkpoints import list_checkpoints, load_newest, save_checkpoint
 
@@ -32,13 +34,13 @@ def run(tmp_path):
     for done in range(1, 6):
         step(model, optimizer)
         if done in (3, 5):
-            save_checkpoint(tmp_path, done, model, optimizer, {"tokens": done * 100, "stop_reason": None})
+            save_checkpoint(tmp_path, done, model.state_dict(), optimizer, {"tokens": done * 100, "stop_reason": None})
     return tmp_path, model, optimizer
 
 
 def restore(folder, **options):
     model, optimizer = model_and_optimizer(seed=99)
-    return load_newest(folder, model, optimizer, device="cpu", **options), model, optimizer
+    return load_newest(folder, model.load_state_dict, optimizer, device="cpu", **options), model, optimizer
 
 
 def test_weights_optimizer_and_random_state_come_back_so_that_the_next_steps_are_the_same(run):
@@ -73,7 +75,7 @@ def test_checkpoints_are_listed_by_step_also_beyond_six_digits(tmp_path):
     step(model, optimizer)
     steps = (999_999, 5, 1_000_000, 2_000_000)
     for done in steps:
-        save_checkpoint(tmp_path, done, model, optimizer, {})
+        save_checkpoint(tmp_path, done, model.state_dict(), optimizer, {})
     assert [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)] == sorted(steps)
 
 
@@ -92,7 +94,7 @@ def test_a_half_written_checkpoint_is_not_listed_and_gone_after_the_next_one(run
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert restore(folder)[0]["step"] == 5
-    save_checkpoint(folder, 9, model, optimizer, {})
+    save_checkpoint(folder, 9, model.state_dict(), optimizer, {})
     assert sorted(path.name for path in folder.iterdir()) == ["step-000003", "step-000005", "step-000009"]
 
 
@@ -129,7 +131,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_restored(run):
 def test_a_checkpoint_of_the_same_step_is_replaced(run):
     folder, model, optimizer = run
     step(model, optimizer)
-    save_checkpoint(folder, 5, model, optimizer, {"tokens": 7})
+    save_checkpoint(folder, 5, model.state_dict(), optimizer, {"tokens": 7})
     state, again, _ = restore(folder)
     assert state == {"tokens": 7, "step": 5}
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -138,12 +140,12 @@ def test_a_checkpoint_of_the_same_step_is_replaced(run):
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_ones_whole(run):
     folder, model, optimizer = run
     with helpers.no_file_beyond(300), pytest.raises(RunDirectoryError, match="expected a place that can be written"):
-        save_checkpoint(folder, 7, model, optimizer, {})
+        save_checkpoint(folder, 7, model.state_dict(), optimizer, {})
     assert [path.name for path in list_checkpoints(folder)] == ["step-000003", "step-000005"]
     assert restore(folder)[0]["step"] == 5
     (folder / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"writing .*step-000001: expected a place that can be written"):
-        save_checkpoint(folder / "file", 1, model, optimizer, {})
+        save_checkpoint(folder / "file", 1, model.state_dict(), optimizer, {})
 
 
 @helpers.hooked_only
@@ -155,10 +157,10 @@ def test_a_checkpoint_of_the_other_version_of_transformer_lens_is_refused_and_no
     for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
         model(tokens).logsumexp(-1).sum().backward()
         optimizer.step()
-        save_checkpoint(tmp_path / str(i), 1, model, optimizer, {})
-        assert load_newest(tmp_path / str(i), model, optimizer, device="cpu") == {"step": 1}
+        save_checkpoint(tmp_path / str(i), 1, state_of(model), optimizer, {})
+        assert load_newest(tmp_path / str(i), partial(set_state, model), optimizer, device="cpu") == {"step": 1}
     for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
         before = [parameter.clone() for parameter in model.parameters()]
         with pytest.raises(RunDirectoryError, match="Resume with the version that the run was begun with"):
-            load_newest(tmp_path / str(1 - i), model, optimizer, device="cpu")
+            load_newest(tmp_path / str(1 - i), partial(set_state, model), optimizer, device="cpu")
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

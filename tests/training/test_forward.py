@@ -1,5 +1,6 @@
 """The fast forward gives TransformerLens' logits and gradients, or says why it cannot."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ def groups_of(*shapes: tuple[int, int, int], seed: int = 0) -> list[Rows]:
         labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
         labels[:, :start] = -100
         labels[0, start] = 3
-        groups.append(Rows(tokens[:, :-1], labels, start))
+        groups.append(Rows(tokens[:, :-1], labels, start, torch.full((batch,), pos + 1)))
     return groups
 
 
@@ -173,7 +174,7 @@ def test_a_later_start_gives_the_same_logits_as_slicing(positional_embedding_typ
     rows = GROUPS[1]
     whole = labelled_logits(model, [rows]).view(3, 12, D_VOCAB)
     for start in range(12):
-        part = labelled_logits(model, [Rows(rows.tokens, rows.labels, start)])
+        part = labelled_logits(model, [replace(rows, start=start)])
         torch.testing.assert_close(part.view(3, 12 - start, D_VOCAB), whole[:, start:], atol=1e-5, rtol=0)
 
 
@@ -183,7 +184,7 @@ def test_the_last_layer_is_computed_at_labelled_positions_only(monkeypatch):
 
     def operations(start: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            labelled_logits(model, [Rows(rows.tokens, rows.labels, start)])
+            labelled_logits(model, [replace(rows, start=start)])
         return counter.get_total_flops()
 
     batch, cfg = 3, model.cfg
@@ -206,7 +207,7 @@ def test_no_position_sees_a_later_one():
     changed = rows.tokens.clone()
     changed[:, 8] = (changed[:, 8] + 1) % D_VOCAB
     before = labelled_logits(model, [rows]).view(3, 12, D_VOCAB)
-    after = labelled_logits(model, [Rows(changed, rows.labels, 0)]).view(3, 12, D_VOCAB)
+    after = labelled_logits(model, [replace(rows, tokens=changed, start=0)]).view(3, 12, D_VOCAB)
     torch.testing.assert_close(before[:, :8], after[:, :8], atol=1e-5, rtol=0)
     assert not torch.allclose(before[:, 8:], after[:, 8:], atol=1e-3)
 

@@ -28,18 +28,18 @@ SCRIPT = """
     # Told to go on until it is killed; says "loaded" once a saved model has been loaded and asked.
     import sys, time
     import helpers, memgen_lens as mg, torch
-    from memgen_lens.training import trainer
+    from memgen_lens.training import loop
 
     torch.set_num_threads(1)
     model = mg.load_model(sys.argv[2])
     print(mg.complete(model, ["1+2="], max_new_tokens=2) and "loaded", flush=True)
-    step = trainer._step
+    step = loop._step
 
     def slow_step(*arguments):
         time.sleep(0.02)  # so that it can be killed in the middle
         return step(*arguments)
 
-    trainer._step = slow_step
+    loop._step = slow_step
     mg.train(helpers.tiny_task(), helpers.tiny_training(max_steps=70), out=sys.argv[1], progress=False)
 """
 
@@ -142,7 +142,7 @@ def test_a_run_cut_after_any_checkpoint_ends_the_same(tmp_path, uncut, step):
 def test_a_finished_run_is_not_trained_on(tmp_path, uncut, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(uncut, out)
-    monkeypatch.setattr("memgen_lens.training.trainer._step", lambda *a: pytest.fail("it trained on"))
+    monkeypatch.setattr("memgen_lens.training.loop._step", lambda *a: pytest.fail("it trained on"))
     resumed = resume(out)
     assert_same_run(out, uncut)
     assert resumed.stop_reason == "no steps left after 70"

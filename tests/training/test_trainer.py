@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, RunDirectoryError, SettingsError
-from memgen_lens.training import trainer
+from memgen_lens.training import loop, trainer
 from memgen_lens.training.trainer import train
 
 TASK = helpers.tiny_task()
@@ -88,12 +88,12 @@ def test_the_loss_in_the_history_is_the_mean_over_the_steps_since_the_line_befor
 def test_the_learning_rate_warms_up_and_decays_to_zero_over_all_steps(monkeypatch):
     rates = []
 
-    def spy(forward, optimizer, *rest, original=trainer._step):
+    def spy(forward, optimizer, *rest, original=loop._step):
         loss = original(forward, optimizer, *rest)
         rates.append(optimizer.param_groups[0]["lr"])
         return loss
 
-    monkeypatch.setattr(trainer, "_step", spy)
+    monkeypatch.setattr(loop, "_step", spy)
     run(max_steps=20, warmup_steps=4, learning_rate=0.01, eval_every=20)
     expected = [0.01 * min(1, (step + 1) / 4) * (1 - step / 20) for step in range(20)]
     assert rates == pytest.approx(expected)

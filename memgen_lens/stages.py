@@ -1,0 +1,143 @@
+"""What an experiment does with a trained model, a stage a function: each saves what it found in the run directory.
+
+Does not train, nor know any formula: the analyses do.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memgen_lens.analysis import (
+    Steering,
+    attribute,
+    choose_setting,
+    evaluate_steering,
+    fit_probes,
+    record,
+    sweep_steering,
+)
+from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
+from memgen_lens.core.errors import PairsError
+from memgen_lens.core.files import with_nulls, write_json
+from memgen_lens.core.metrics import consistency_metrics
+from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
+from memgen_lens.presets import ExperimentConfig
+
+
+def find_and_predict(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    say: Callable[[str], None],
+    progress: bool,
+) -> tuple[dict[str, NeuronScores], ProbeReport]:
+    """Score the neurons of every site and fit the probes; save both."""
+    analysis = config.analysis
+    how = {"batch_size": analysis.batch_size, "progress": progress}
+    sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
+    acts = record(model, pairs, sites, **how)
+    say(f"scoring neurons of {', '.join(sites)}")
+    scores = {site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in sites}
+    for score in scores.values():
+        score.save(directory / "scores")
+    say("fitting probes")
+    probes = fit_probes(acts, analysis.probe_site, seed=config.seed)
+    write_json(directory / "probes.json", probes.summary())
+    return scores, probes
+
+
+def steer(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    scores: dict[str, NeuronScores],
+    say: Callable[[str], None],
+    progress: bool,
+) -> dict[str, SteeringTable]:
+    """Choose both steerings on ``tune``, report them on ``test``, and see which layers matter; save all."""
+    analysis, task = config.analysis, config.task
+    how = {"batch_size": analysis.batch_size, "progress": progress}
+    candidates = [scores[site] for site in analysis.sites]
+    source = record(model, pairs, analysis.sites, **how)
+    shared = {"top_fractions": analysis.top_fractions, **how}
+    say("choosing site, fraction and alpha on the tune pairs")
+    shifts = sweep_steering(
+        model, task, pairs, candidates, alphas=analysis.alphas, positions=analysis.positions, **shared
+    )
+    patches = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
+    say("steering the test pairs, with controls")
+    tables = {}
+    for mode, rows in (("shift", shifts), ("patch", patches)):
+        chosen = choose_setting(rows).setting
+        steering = Steering.from_scores(
+            scores[chosen.site],
+            chosen.top_fraction,
+            chosen.alpha or 1.0,
+            mode=chosen.mode,
+            source=source,
+            positions=chosen.positions,
+        )
+        tables[mode] = evaluate_steering(
+            model,
+            task,
+            pairs,
+            steering,
+            n_controls=analysis.n_controls,
+            seed=config.seed,
+            **how,
+        )
+    shift = tables["shift"].setting
+    by_layer = sweep_steering(
+        model,
+        task,
+        pairs,
+        scores[shift.site],
+        top_fractions=(shift.top_fraction,),
+        alphas=(shift.alpha,),
+        positions=(shift.positions,),
+        layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
+        **how,
+    )
+    write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
+    return tables
+
+
+def compare(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    pairs: PromptPairs,
+    site: str,
+    say: Callable[[str], None],
+    progress: bool,
+) -> dict[str, Any]:
+    """Compare the neurons of two halves of the pairs and, in a mixture, of its tasks; save both."""
+    analysis = config.analysis
+    how = {"batch_size": analysis.batch_size, "progress": progress}
+    say("comparing halves of the pairs" + (" and tasks" if len(task_names(pairs)) > 1 else ""))
+    try:
+        halves = split_half(record(model, pairs, [site], **how), site, seed=config.seed)
+    except PairsError as error:
+        return {"why": str(error)}
+    tasks, why = None, None
+    if len(task_names(pairs)) > 1:
+        try:
+            tasks = across_tasks(
+                model,
+                config.task,
+                pairs,
+                site,
+                top_fractions=analysis.top_fractions,
+                alphas=analysis.alphas,
+                positions=analysis.positions,
+                seed=config.seed,
+                batch_size=analysis.batch_size,
+            )
+        except PairsError as error:
+            why = str(error)
+    compared = {"split_half": halves, "across_tasks": tasks or ({"why": why} if why else None)}
+    write_json(directory / "consistency.json", with_nulls(compared))
+    return consistency_metrics(halves, tasks, why)

@@ -1,0 +1,163 @@
+"""Tune a pretrained model on a designed task until it both recalls and computes.
+
+Does not know which task it is, nor what the model is tuned for afterwards.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
+from memgen_lens.core.config import FinetuneConfig
+from memgen_lens.core.errors import ModelError, RunDirectoryError
+from memgen_lens.fast.support import is_hooked_transformer, is_native_bridge
+from memgen_lens.models.build import require_device
+from memgen_lens.models.plain import plain_model, weights_hash
+from memgen_lens.models.pretrained import load_model
+from memgen_lens.models.save import save_model, written_whole
+from memgen_lens.models.tokens import own_beginning
+from memgen_lens.training.loop import learn, own_random_state, refuse_inference_mode
+from memgen_lens.training.pretrained import Pretrained, set_trained, with_adapters
+from memgen_lens.training.run_files import prepared
+from memgen_lens.training.trainer import TrainingRun
+
+
+@arguments(
+    task=kinds.TaskLike,
+    config=kinds.one(FinetuneConfig) | None,
+    out=kinds.place("finetune(out=...)") | None,
+    resume=kinds.Flag,
+    force=kinds.Flag,
+    progress=kinds.Flag,
+)
+def finetune(
+    base: Any,
+    task: Any,
+    config: FinetuneConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+) -> TrainingRun:
+    """Tune a pretrained model on a task until it shows both behaviours, or the steps run out.
+
+    The counterpart of `train` for the second half of the paper (arXiv 2412.18497 v2: LLaMA-3.2 with LoRA), with the
+    same rules: batches of generic and memorized items, both behaviours measured every ``eval_every`` steps. Departures:
+    loss on the answers alone unless ``config.loss`` says otherwise, and generic items first.
+
+    Args:
+        base: A causal language model: anything that `load_model` takes but runs of ours, or a Bridge that it gave.
+            Where it is an object, its weights stay what they are.
+        task: A task (`memgen_lens.tasks`). Its texts are tokenized by the model's tokenizer.
+        config: Settings; the default puts adapters of rank 16 on every linear layer.
+        out: Run directory to write ``history.jsonl``, ``checkpoints/``, ``adapter/`` (with ``method="lora"``) and
+            ``model/`` into; None keeps all in memory.
+        resume: Go on from the newest whole checkpoint in ``out``. On one machine the result is the same, bit for
+            bit, as that of a run that was never cut.
+        force: Train anew where ``out`` holds a run already.
+        progress: Show a progress bar with both behaviours.
+
+    Returns:
+        The run; its model is a Bridge around the tuned model, adapters merged in float32 once the merged model's logits
+        are shown to be theirs (see `load_model`).
+
+    Raises:
+        RunDirectoryError: As in `train`; or the base is another one than that of the run to be resumed.
+        ModelError: The base cannot be loaded or is no pretrained model; the loss is not finite; the device is not
+            there; the call stands in ``torch.inference_mode()``; or adapters do not merge.
+        SettingsError: ``resume`` without ``out``.
+    """
+    config = config or FinetuneConfig()
+    require_device(config.device, call="finetune")
+    is_path = isinstance(base, str | os.PathLike)
+    lens = base if hasattr(base, "hook_dict") else load_model(base, device=config.device if is_path else None)
+    name = os.fspath(base) if is_path else ""
+    return tune(lens, name, task, config, out=out, resume=resume, force=force, progress=progress)
+
+
+def tune(
+    lens: Any,
+    name: str,
+    task: Any,
+    config: FinetuneConfig,
+    *,
+    out: str | Path | None,
+    resume: bool,
+    force: bool,
+    progress: bool,
+) -> TrainingRun:
+    """Tune what is in a Bridge; see `finetune`. ``name`` is where it was loaded from, "" where that is not known."""
+    refuse_inference_mode("finetune")
+    if is_hooked_transformer(lens) or is_native_bridge(lens):
+        raise ModelError(
+            "finetune",
+            expected="a pretrained model of transformers",
+            received=f"a model of TransformerLens' own ({type(lens).__name__})",
+            fix="Train one of ours from scratch: mg.train(task, ..., out=...).",
+        )
+    tokenizer = getattr(lens, "hugging_face_tokenizer", lens.tokenizer)
+    hf = _learning(lens, config)
+    base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
+    with prepared("finetune", task, config, out, resume=resume, force=force, base=base) as directory:
+        with own_random_state(config.seed), torch.enable_grad():
+            learner = Pretrained(hf, tokenizer, task, config, own_beginning(tokenizer))
+            how = {"resume": resume, "progress": progress}
+            history, stop_reason = learn("finetune", task, config, learner, learner.batches, directory, **how)
+        network = learner.network.eval()
+        model = load_model(network, tokenizer=tokenizer)
+        if directory is not None:
+            if config.method == "lora":
+                network.peft_config["default"].base_model_name_or_path = base["name"]
+                with written_whole(directory / "adapter", call="finetune(out={})") as elsewhere:
+                    network.save_pretrained(elsewhere, save_embedding_layers=False)
+            save_model(model, directory / "model")
+    return TrainingRun(model, task, config, tuple(history), stop_reason, directory, base)
+
+
+def load_base(base: Mapping[str, str], *, device: str) -> Any:
+    """The pretrained model that a run was begun from, as its settings name it.
+
+    Raises:
+        RunDirectoryError: What is there now has other weights.
+        ModelError: It cannot be loaded.
+    """
+    lens = load_model(base["name"], device=device)
+    found = weights_hash(plain_model(lens, call="finetune").state_dict())
+    if found != base["sha256"]:
+        raise RunDirectoryError(
+            "loading the pretrained model of a run",
+            expected=f"{base['name']} with the weights of SHA-256 {base['sha256'][:12]}…",
+            received=f"others: {found[:12]}…",
+            fix="Put the model that the run was begun from there again.",
+        )
+    return lens
+
+
+def tuned(lens: Any, weights: Mapping[str, Tensor], config: FinetuneConfig) -> Any:
+    """A Bridge around the pretrained model of another one, with the weights of a checkpoint.
+
+    Args:
+        lens: The pretrained model; it stays what it is.
+        weights: What a checkpoint of `finetune` holds.
+        config: The settings of that run.
+    """
+    tokenizer = getattr(lens, "hugging_face_tokenizer", lens.tokenizer)
+    hf = _learning(lens, config)
+    network = with_adapters(hf, config) if config.method == "lora" else hf
+    set_trained(network, weights)
+    return load_model(network.eval(), tokenizer=tokenizer)
+
+
+def _learning(lens: Any, config: FinetuneConfig) -> Any:
+    """The transformers model in a Bridge, to be trained: it shares frozen weights with it, and none that will move."""
+    hf = plain_model(lens, call="finetune")
+    if config.method == "full":
+        hf = copy.deepcopy(hf).float().requires_grad_()
+    return hf.to(config.device)
