@@ -95,14 +95,14 @@ class Batches:
         ids = self._encode([piece for piece, _ in pieces])
         ids = [found or [eos] for found in ids]  # the empty piece behind each text
         sizes = np.array([len(found) for found in ids])
-        whole = self.config.loss == "sequence"
-        labelled = np.repeat([whole or loss for _, loss in pieces], sizes)
         n_pieces = np.array([len(text.pieces) + 1 for text in texts])
         first_pieces = np.concatenate([[0], np.cumsum(n_pieces)[:-1]])
         if self.before:
             for first in first_pieces.tolist():
                 ids[first] = self.before + ids[first]
             sizes[first_pieces] += len(self.before)
+        whole = self.config.loss == "sequence"
+        labelled = np.repeat([whole or loss for _, loss in pieces], sizes)
         lengths = np.add.reduceat(sizes, first_pieces)
         sequences = np.full((len(texts), int(lengths.max())), pad, dtype=np.int64)
         has_loss = np.zeros(sequences.shape, dtype=bool)
