@@ -59,7 +59,7 @@ def observe_items(
     outputs = complete(
         model,
         [item.prompt for item in items],
-        max_new_tokens=task.max_answer_tokens,
+        max_new_tokens=answer_tokens(model, task),
         batch_size=batch_size,
         progress=progress,
     )
@@ -67,6 +67,16 @@ def observe_items(
         Outcome(item, output, task.classify(item, output), task.is_memorized_form(item, output))
         for item, output in zip(items, outputs, strict=True)
     ]
+
+
+def answer_tokens(model: LensModel, task: Any) -> int:
+    """Tokens of a task's longest answer under a model's tokenizer, the end-of-text token counted.
+
+    An object that is no `memgen_lens.tasks.Task` need not know tokenizers: what it declares is taken.
+    """
+    if model.tokenizer is None or not hasattr(task, "answer_tokens"):
+        return task.max_answer_tokens
+    return task.answer_tokens(model.tokenizer)
 
 
 @arguments(

@@ -97,7 +97,9 @@ _INFERENCE = ExperimentConfig(
     preset="inference",
     about="stories of three rules and three facts, two hops; some carry a colour they do not imply",
     measured="about 90 s on two CPU cores with bfloat16 (2026-11-23)",
-    task=InContextInference(n_rules=3, n_animals=4, n_names=4, n_colours=6),
+    task=InContextInference(
+        depth=2, tokens="sentences", order_tells=True, n_facts=3, n_animals=4, n_names=4, n_colours=6
+    ),
     train=TrainConfig(
         # Wide, so that what tells recalling from computing has directions of its own, which a shift can move alone.
         model=ModelConfig(n_layers=2, d_model=256, n_heads=4, d_mlp=1024),
@@ -136,7 +138,16 @@ _GPT2 = ExperimentConfig(
     preset="gpt2",
     about="stories of four rules and four facts, two hops, at the size of GPT-2: the paper's scale, for a GPU",
     measured="not measured",
-    task=InContextInference(n_rules=4, n_animals=8, n_names=8, n_colours=8, n_memorized=1000),
+    task=InContextInference(
+        depth=2,
+        tokens="sentences",
+        order_tells=True,
+        n_facts=4,
+        n_animals=8,
+        n_names=8,
+        n_colours=8,
+        n_memorized=1000,
+    ),
     train=TrainConfig(
         model=ModelConfig(n_layers=12, d_model=768, n_heads=12, d_mlp=3072, act_fn="gelu_new"),
         max_steps=4000,

@@ -5,7 +5,7 @@ settings (see `memgen_lens.cli`).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,8 @@ class Settings(BaseModel, metaclass=_Checked):
     """A frozen set of named settings; an unknown name, a wrong type or a bad value raises `SettingsError`."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    FORMER: ClassVar[Mapping[str, str]] = {}
+    """Settings of earlier versions by name, each with what to do now."""
 
     @classmethod
     def from_json(cls: type[S], text: str) -> S:
@@ -62,7 +64,7 @@ def settings_error(cls: type[BaseModel], error: ValidationError) -> MemgenError:
             cls.__name__,
             expected="a known setting",
             received=f"{name}={shortened(first['input'])}",
-            fix=suggest(str(loc[-1]), beside),
+            fix=getattr(cls, "FORMER", {}).get(name) or suggest(str(loc[-1]), beside),
         )
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, MemgenError):

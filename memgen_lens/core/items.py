@@ -5,6 +5,7 @@ Plain values only, so that tasks can be made without numpy or torch.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from memgen_lens.core.errors import PairsError
@@ -64,11 +65,17 @@ class TrainingText:
     """One training sequence, without its end-of-text token.
 
     Attributes:
-        pieces: Texts that follow one another, each a whole number of tokens, and whether their tokens carry loss. The
-            end-of-text token carries loss where the last piece does.
+        pieces: Texts that follow one another, each a whole number of the task's own tokens, and whether their tokens
+            carry loss. The end-of-text token carries loss where the last piece does.
     """
 
     pieces: tuple[tuple[str, bool], ...]
+
+    @property
+    def spans(self) -> tuple[tuple[str, bool], ...]:
+        """The pieces, joined where loss neither begins nor ends: what another tokenizer is to cut into whole tokens."""
+        groups = groupby(self.pieces, key=lambda piece: piece[1])
+        return tuple(("".join(text for text, _ in group), loss) for loss, group in groups)
 
 
 @dataclass(frozen=True)

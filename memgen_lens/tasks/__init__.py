@@ -6,6 +6,7 @@ Does not know models: a task makes prompts and judges outputs.
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.tasks.addition import Addition
 from memgen_lens.tasks.check import CheckReport, check
+from memgen_lens.tasks.check_tokens import require_distinct_beginnings
 from memgen_lens.tasks.ciphertext import Ciphertext
 from memgen_lens.tasks.inference import InContextInference
 from memgen_lens.tasks.mixture import Mixture
@@ -22,4 +23,5 @@ __all__ = [
     "Task",
     "TrainingText",
     "check",
+    "require_distinct_beginnings",
 ]

@@ -30,7 +30,7 @@ class Addition(Task):
     300
 
     A prompt is ``12+34=``; its answer by the rule is the sum, zero-padded to ``n_digits + 1`` digits; a memorized
-    answer is ``<mem-7f3a>``. A rephrasing swaps the addends.
+    answer is ``<mem-7f3a>``, either behind a space where ``spaced``. A rephrasing swaps the addends.
     """
 
     n_digits: int = Field(2, ge=1, le=9)
@@ -41,6 +41,8 @@ class Addition(Task):
     """Hexadecimal digits of each random string."""
     reverse_sum: bool = True
     """Write the sum with its least significant digit first."""
+    spaced: bool = False
+    """Write a space before every answer, as some subword tokenizers want one: those that would join ``=`` and ``<``."""
     n_heldout: int = Field(1000, ge=1)
     """Sums that are never trained on, nor their swap: for the report."""
     n_validation: int = Field(300, ge=1)
@@ -78,7 +80,9 @@ class Addition(Task):
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Hexadecimal digits, ``+``, ``=``, ``<mem-`` and ``>``."""
+        """Hexadecimal digits, ``+``, ``=``, ``<mem-`` and ``>``; what an answer begins with, behind its space if so."""
+        if self.spaced:
+            return (*HEX, "+", "=", " <mem-", ">", *(f" {digit}" for digit in HEX[:10]))
         return (*HEX, "+", "=", "<mem-", ">")
 
     @property
@@ -112,7 +116,7 @@ class Addition(Task):
         while len(strings) < self.n_memorized:
             strings[rng.randrange(16**self.memory_length)] = None
         recalled = tuple(
-            self._item(a, b, "memorized", f"<mem-{string:0{self.memory_length}x}>")
+            self._item(a, b, "memorized", f"{self._space}<mem-{string:0{self.memory_length}x}>")
             for (a, b), string in zip(memorized, strings, strict=True)
         )
         return {
@@ -143,7 +147,7 @@ class Addition(Task):
 
     def is_memorized_form(self, item: Item, output: str) -> bool:
         """Whether an output is ``<mem-...>`` with ``memory_length`` hexadecimal digits."""
-        return re.fullmatch(rf"<mem-[0-9a-f]{{{self.memory_length}}}>", output) is not None
+        return re.fullmatch(rf"{self._space}<mem-[0-9a-f]{{{self.memory_length}}}>", output) is not None
 
     @cached_property
     def _taken(self) -> np.ndarray:
@@ -151,6 +155,11 @@ class Addition(Task):
         pairs = [self._operands(item.prompt) for items in self.splits.values() for item in items]
         operands = 10**self.n_digits
         return np.unique([code for a, b in pairs for code in (a * operands + b, b * operands + a)])
+
+    @property
+    def _space(self) -> str:
+        """What stands before every answer."""
+        return " " if self.spaced else ""
 
     def _prompt(self, a: int, b: int) -> str:
         return f"{a:0{self.n_digits}}+{b:0{self.n_digits}}="
@@ -169,5 +178,5 @@ class Addition(Task):
     def _item(self, a: int, b: int, split: str, memorized: str | None = None) -> Item:
         total = f"{a + b:0{self.n_digits + 1}}"
         key = a * 10**self.n_digits + b
-        answer = total[::-1] if self.reverse_sum else total
+        answer = self._space + (total[::-1] if self.reverse_sum else total)
         return Item(key, split, self._prompt(a, b), answer, memorized, self.name)

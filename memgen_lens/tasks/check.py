@@ -1,10 +1,11 @@
 """The contract of a task, checked: what `memgen_lens.tasks.Task` promises to training and analysis.
 
 For our own tasks and for a user's, as scikit-learn's ``check_estimator`` is for estimators. It samples: a text that
-is generated rarely may go unseen, and whether a model can learn the task is not asked.
+is generated rarely may go unseen, and whether a model can learn the task is not asked. What a text is in tokens is
+looked at in `memgen_lens.tasks.check_tokens`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,12 @@ from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import MemgenError, TaskError, shortened
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Behavior, Split
+from memgen_lens.tasks.check_tokens import Refuse, check_tokens, require_distinct_beginnings
 from memgen_lens.tasks.task import SPLITS, Task
-from memgen_lens.tasks.tokenizer import EOS
+from memgen_lens.tasks.tokenizer import EOS, TokenizerLike
 
 BASES: tuple[Split, ...] = ("memorized", "heldout", "validation")
 """Splits whose items are questions of their own; ``rephrased`` asks those of ``memorized`` again."""
-
-Refuse = Callable[[str, str, str], TaskError]
-"""Makes the error of a breach from what was expected, what came, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class CheckReport:
         n_texts: Different texts that were tokenized.
         longest_prompt: Tokens of the longest prompt seen.
         longest_answer: Tokens of the longest answer seen, its end-of-text token counted.
+        longest_training: Tokens of the longest training sequence seen, its end-of-text token counted.
     """
 
     task: str
@@ -47,17 +47,19 @@ class CheckReport:
     n_texts: int
     longest_prompt: int
     longest_answer: int
+    longest_training: int
 
 
-@arguments("check", n_generic=kinds.Count, seed=kinds.Seed)
-def check(task: Any, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
+@arguments("check", tokenizer=TokenizerLike | None, n_generic=kinds.Count, seed=kinds.Seed)
+def check(task: Any, *, tokenizer: Any = None, n_generic: int = 200, seed: int = 0) -> CheckReport:
     """Check that a task keeps the contract that `Task` documents; stop at the first breach.
 
     In this order: it can be made again from its settings, with the same items, and another seed gives others; items
     name their split and task, and have the answers that their split asks for, the memorized one never the rule's; a
     rephrasing changes the prompt and nothing else; no prompt is asked in two items, rephrased or not; generic items
     and training sequences follow from the generator and are none of those prompts; every text tokenizes and comes
-    back, an answer's tokens behind a prompt's, within the lengths declared; every output is exactly one behaviour.
+    back, an answer's tokens behind a prompt's, within the lengths declared; words of a list begin with a token of their
+    own; every output is exactly one behaviour.
 
     >>> from memgen_lens.tasks import Addition
     >>> check(Addition(n_memorized=20)).n_items["rephrased"]
@@ -65,6 +67,8 @@ def check(task: Any, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
 
     Args:
         task: The task.
+        tokenizer: A Hugging Face tokenizer that is to read the task's texts, as a pretrained model's (default: the
+            task's own). What the task declares of lengths is of its own tokens; those found are in the report.
         n_generic: Generic items and training sequences to draw. One of them in a split is found only if it is drawn:
             draw more where prompts are many.
         seed: Seed of the draws.
@@ -96,18 +100,16 @@ def check(task: Any, *, n_generic: int = 200, seed: int = 0) -> CheckReport:
     generic = _check_draws(task, task.draw_generic, Item, owners, n_generic, seed, refuse)
     training = _check_draws(task, task.draw_training, TrainingText, owners, n_generic, seed, refuse)
     asked = [*rephrasings, *(item for others in rephrasings.values() for item in others), *generic]
-    texts = _check_tokens(task, asked, training, refuse)
+    lengths = check_tokens(task, tokenizer, asked, training, refuse)
+    require_distinct_beginnings(task, task.tokenizer if tokenizer is None else tokenizer)
     for item in asked:
         _check_classification(task, item, refuse)
-    lengths = {text: len(ids) for text, ids in texts.items()}
     return CheckReport(
         task=task.name,
         n_items={split: len(task.items(split)) for split in SPLITS},
         n_rephrasings=sum(map(len, rephrasings.values())),
         n_generic=n_generic,
-        n_texts=len(texts),
-        longest_prompt=max(lengths[item.prompt] for item in asked),
-        longest_answer=max(lengths[answer] for item in asked for answer in _answers(item)) + 1,
+        **lengths,
     )
 
 
@@ -305,49 +307,6 @@ def _stated(drawn: Item | TrainingText) -> Iterator[str]:
         yield before
 
 
-def _check_tokens(
-    task: Task, items: Sequence[Item], training: Sequence[TrainingText], refuse: Refuse
-) -> dict[str, list[int]]:
-    """Every text tokenizes and comes back, answers as they do alone, within lengths declared; returns the tokens."""
-    pairs = list(dict.fromkeys((item.prompt, answer) for item in items for answer in _answers(item)))
-    sequences = [tuple(text for text, _ in one.pieces) for one in training]
-    parts = [text for texts in (*pairs, *sequences) for text in texts]
-    known = list(dict.fromkeys([*parts, *(prompt + answer for prompt, answer in pairs)]))
-    tokens = dict(zip(known, task.tokenizer(known, add_special_tokens=False)["input_ids"], strict=True))
-    special = {task.tokenizer.unk_token_id, task.tokenizer.pad_token_id, task.tokenizer.eos_token_id}
-    for text, back in zip(
-        known, task.tokenizer.batch_decode(list(tokens.values()), clean_up_tokenization_spaces=False), strict=True
-    ):
-        if special & set(tokens[text]) or back != text:
-            raise refuse(
-                "every text to tokenize and come back, without <eos>, <pad> and <unk>",
-                f"{text!r}, which comes back as {back!r}",
-                "Add what is missing to vocabulary.",
-            )
-    for prompt, answer in pairs:
-        n_apart, n_together = len(tokens[prompt]) + len(tokens[answer]), len(tokens[prompt + answer])
-        if tokens[prompt] + tokens[answer] != tokens[prompt + answer]:
-            raise refuse(
-                "an answer that keeps its tokens behind its prompt, and the prompt before it",
-                f"{prompt!r} and {answer!r}: {n_apart} tokens apart, {n_together} in one text",
-                "Let no token of the vocabulary reach across: end prompts with a token that begins no other.",
-            )
-    limits: list[tuple[str, Iterable[tuple[str, ...]], int]] = [
-        ("max_prompt_tokens", ((prompt,) for prompt, _ in pairs), 0),
-        ("max_answer_tokens", ((answer,) for _, answer in pairs), 1),
-        ("max_training_tokens", sequences, 1),
-    ]
-    for name, rows, end in limits:
-        n, longest = max((sum(len(tokens[text]) for text in texts) + end, texts) for texts in rows)
-        if n > getattr(task, name):
-            raise refuse(
-                f"texts within {name}={getattr(task, name)}{', the end-of-text token counted' if end else ''}",
-                f"{n} tokens for {''.join(longest)!r}",
-                f"Raise {name}.",
-            )
-    return tokens
-
-
 def _check_classification(task: Task, item: Item, refuse: Refuse) -> None:
     """Each answer is its behaviour, whatever else another one; only a memorized answer has a memorized form."""
     rule, recalled = str(item.rule_answer), item.memorized_answer
@@ -369,8 +328,3 @@ def _check_classification(task: Task, item: Item, refuse: Refuse) -> None:
                 repr(task.is_memorized_form(item, output)),
                 "Where both answers have one form, return output == item.memorized_answer.",
             )
-
-
-def _answers(item: Item) -> list[str]:
-    """The answers that an item has."""
-    return [answer for answer in (item.rule_answer, item.memorized_answer) if answer is not None]

@@ -1,18 +1,17 @@
 """In-context inference in which some stories carry a colour to be recalled that they do not imply.
 
 The paper's inference task (arXiv 2412.18497, section 3: a variant of bAbI whose answers are colours; memorized and
-inferred answers are colours alike). Departures: word lists and wording are our own; rules come before facts; and
-generic training stories state some of their conclusions and ask for single hops, without which small models do not
-find the inference in minutes; and by default what is told last is a cue (see ``order_tells``).
+inferred answers are colours alike). Departures: word lists and wording are our own (`memgen_lens.tasks.wording`). Of
+two hops, rules come before facts, and generic training stories state some of their conclusions and ask for single
+hops, without which small models do not find the inference in minutes.
 """
 
 import math
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -21,38 +20,53 @@ from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Split
-from memgen_lens.tasks.stories import ANIMALS, COLOURS, NAMES, Stories, Story
+from memgen_lens.tasks.stories import Stories, Story
 from memgen_lens.tasks.task import Task
+from memgen_lens.tasks.wording import ANIMALS, BREAK, COLOURS, NAMES, Wording
 
 
 class InContextInference(Task):
-    """Stories of rules and facts, and a question that is answered with a colour.
+    """Stories, and a question that is answered with a colour.
 
-    >>> task = InContextInference(n_rules=2, n_rephrasings=1, seed=0)
+    >>> task = InContextInference(n_facts=3, seed=0)
     >>> task.items("memorized")[0].prompt
-    'Pigs are pink. Dogs are yellow. Hana is a pig. Ben is a dog. What colour is Ben?'
+    'Kim is yellow. Anna is blue. Jack is brown. What color is Jack? Jack is'
+    >>> InContextInference(depth=2, n_facts=2, n_rephrasings=1, seed=0).items("memorized")[0].prompt
+    'Horses are yellow. Hens are blue. Kim is a horse. Anna is a hen. What color is Kim? Kim is'
 
-    The answer by the rule is the colour that the story implies, here `` yellow``; a memorized answer is another colour,
-    so that behaviour and form of the output are not confounded. A story has as many facts as rules; no animal and no
-    colour is in two rules, no name in two facts. A rephrasing reorders the rules among themselves and the facts among
-    themselves. Splits share no story, whatever its order and question.
+    The answer by the rule is the colour that the story implies; a memorized answer is another colour, so that behaviour
+    and form of the output are not confounded. A story of two hops has as many rules as facts. No animal and no colour
+    is told twice (an animal of a rule may be in several facts), no name is in two facts. A rephrasing reorders the
+    facts among themselves, and so the rules. Splits share no story, whatever its order and question.
     """
 
-    depth: Literal[1, 2] = 2
-    """Sentences to be combined: 1 = ``What colour are frogs?`` (a rule), 2 = ``What colour is Lily?`` (a fact, then
-    a rule)."""
-    n_rules: int = Field(4, ge=2, le=5)
-    """Rules in a story; it has as many facts."""
+    FORMER: ClassVar[Mapping[str, str]] = {
+        "n_rules": "It is of earlier versions, whose stories were worded otherwise: write n_facts, with depth=2, "
+        "tokens='sentences' and order_tells=True for the nearest to the stories of then. A run directory of then is "
+        "read by the version that wrote it; or train again."
+    }
+    depth: Literal[1, 2] = 1
+    """Sentences to be combined for an answer: 1 = the fact (``Lily is green.``), 2 = the fact and a rule (``Lily is a
+    frog.``, ``Frogs are green.``)."""
+    tokens: Literal["words", "sentences"] = "words"
+    """What the task's own tokenizer makes one token: words, or whole sentences, as in memory networks for bAbI. Texts
+    are the same; with ``depth=2`` and ``"sentences"``, loss on a conclusion is on the sentence and not on its colour
+    alone, and begins where no subword token does."""
+    n_facts: int = Field(4, ge=2, le=5)
+    """Facts in a story; with ``depth=2`` it has as many rules."""
     n_animals: int = Field(12, ge=2, le=len(ANIMALS))
-    """Animals to choose from."""
+    """With ``depth=2``, animals to choose from."""
     n_names: int = Field(12, ge=2, le=len(NAMES))
     """Names to choose from."""
     n_colours: int = Field(8, ge=2, le=len(COLOURS))
     """Colours to choose from."""
-    order_tells: bool = True
-    """Memorized stories ask about what their last sentence (with ``depth=1``, last rule) is about, all other stories
-    about something told earlier: which of the two answers is due then shows in the order, and in no word or place
-    alone. Otherwise every story asks about anything."""
+    order_tells: bool = False
+    """Memorized stories ask about what their last fact is about, all other stories about something told earlier: which
+    of the two answers is due then shows in the order, and in no word or place alone. Otherwise every story asks about
+    anything."""
+    recalled: Literal["any", "told", "untold"] = "any"
+    """Which colours are there to be recalled, the implied one aside: any, those that the story names, or those that it
+    does not name."""
     n_memorized: int = Field(300, ge=1)
     """Stories with a colour to recall that they do not imply."""
     n_rephrasings: int = Field(4, ge=1)
@@ -62,35 +76,44 @@ class InContextInference(Task):
     n_validation: int = Field(300, ge=1)
     """Stories that are never trained on, in any order: for the rule that stops training."""
     stated_share: float = Field(0.5, ge=0, le=1)
-    """Share of the facts of a generic training story that state their conclusion (``Lily is a frog. It is green.``)
-    with loss on it; no other story states any."""
+    """With ``depth=2``, share of the facts of a generic training story that state their conclusion (``Lily is a frog.
+    It is green.``) with loss on it; no other story states any."""
     n_questions: int = Field(4, ge=1)
-    """Questions that follow one generic training story, at most one a fact (with ``depth=1``, a rule)."""
+    """Questions that follow one generic training story at most, no two of them about one fact."""
     one_hop_share: float = Field(0.5, ge=0, le=1)
-    """With ``depth=2``, the share of those questions that ask for the first hop alone (``What is Lily? a frog``)."""
+    """With ``depth=2``, the share of those questions that ask for the first hop alone (``What is Lily? Lily is a
+    frog``)."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
     """Seed of the choice of stories and of the colours to recall."""
 
     @model_validator(mode="after")
     def _possible(self) -> "InContextInference":
-        for name in ("n_animals", "n_names", "n_colours"):
-            if getattr(self, name) < self.n_rules:
+        n, two_hops = self.n_facts, self.depth == 2
+        for name in ("n_animals",) * two_hops + ("n_names", "n_colours"):
+            if getattr(self, name) < n:
                 raise TaskError(
                     "InContextInference",
-                    expected=f"{name} of at least n_rules, as no word occurs twice among a story's rules or facts",
-                    received=f"{name}={getattr(self, name)}, n_rules={self.n_rules}",
-                    fix=f"Raise {name} or lower n_rules.",
+                    expected=f"{name} of at least n_facts, as no word occurs twice among a story's facts or rules",
+                    received=f"{name}={getattr(self, name)}, n_facts={n}",
+                    fix=f"Raise {name} or lower n_facts.",
                 )
-        orders = math.factorial(self.n_rules) ** 2 * self._n_askable // self.n_rules - 1
+        if self.recalled == "untold" and self.n_colours == n:
+            raise TaskError(
+                "InContextInference",
+                expected="n_colours above n_facts where recalled='untold': colours that a story does not name",
+                received=f"n_colours={self.n_colours}, n_facts={n}",
+                fix="Raise n_colours, lower n_facts, or choose recalled='any' or 'told'.",
+            )
+        orders = math.factorial(n) ** self.depth * self._n_askable // n - 1
         if self.n_rephrasings > orders:
             raise TaskError(
                 "InContextInference",
-                expected=f"n_rephrasings of at most {orders}, all other orders of {self.n_rules} rules and facts",
+                expected=f"n_rephrasings of at most {orders}, all other orders of {n} {'rules and ' * two_hops}facts",
                 received=str(self.n_rephrasings),
-                fix="Lower n_rephrasings or raise n_rules.",
+                fix="Lower n_rephrasings or raise n_facts.",
             )
-        rules = math.comb(self.n_animals, self.n_rules) * math.perm(self.n_colours, self.n_rules)
-        stories = rules * math.comb(self.n_names, self.n_rules) * self.n_rules**self.n_rules
+        stories = math.comb(self.n_names, n) * math.perm(self.n_colours, n)
+        stories *= math.comb(self.n_animals, n) * n**n if two_hops else 1
         asked = self.n_memorized + self.n_heldout + self.n_validation
         # Half of the stories at least stay for generic training, or there is no rule to be learned from.
         if asked > stories // 2:
@@ -99,7 +122,7 @@ class InContextInference(Task):
                 expected=f"n_memorized + n_heldout + n_validation of at most {stories // 2}: half of the {stories} "
                 "stories that differ in more than their order",
                 received=f"{self.n_memorized} + {self.n_heldout} + {self.n_validation} = {asked}",
-                fix="Lower them, or raise n_animals, n_names or n_colours.",
+                fix=f"Lower them, or raise {'n_animals, ' * two_hops}n_names or n_colours.",
             )
         return self
 
@@ -110,24 +133,18 @@ class InContextInference(Task):
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Rules, facts and conclusions whole, as in memory networks for bAbI; both halves of questions; answers."""
-        kinds, names, colours = range(self.n_animals), range(self.n_names), range(self.n_colours)
-        asked = ("What colour is", "What is") if self.depth == 2 else ("What colour are",)
-        return (
-            *(self._rule(kind, colour) for kind in kinds for colour in colours),
-            *(self._fact(name, kind) for name in names for kind in kinds),
-            *(self._conclusion(colour) for colour in colours),
-            *asked,
-            *(self._subject(subject) for subject in (names if self.depth == 2 else kinds)),
-            *(f" {COLOURS[colour]}" for colour in colours),
-            *((f" a {ANIMALS[kind]}" for kind in kinds) if self.depth == 2 else ()),
-            ". ",
-        )
+        """Words or sentences, as ``tokens`` says."""
+        return self._wording.vocabulary()
+
+    @property
+    def answer_words(self) -> tuple[str, ...]:
+        """The colours, behind a space."""
+        return tuple(map(self._wording.colour, range(self.n_colours)))
 
     @property
     def max_prompt_tokens(self) -> int:
-        """All rules and facts, and the question's two."""
-        return 2 * self.n_rules + 2
+        """All rules and facts, and the question."""
+        return self.depth * self.n_facts * self._wording.sentence_tokens + self._wording.question_tokens
 
     @property
     def max_answer_tokens(self) -> int:
@@ -136,8 +153,9 @@ class InContextInference(Task):
 
     @property
     def max_training_tokens(self) -> int:
-        """A story whose every fact states its conclusion, all questions with answers and stops, and end of text."""
-        return 3 * self.n_rules + 4 * min(self.n_questions, self._n_askable)
+        """A story whose every fact states its conclusion, all questions with answers and breaks, and end of text."""
+        sentences = self.n_facts * (1 if self.depth == 1 else 3) * self._wording.sentence_tokens
+        return sentences + min(self.n_questions, self._n_askable) * (self._wording.question_tokens + 2)
 
     @cached_property
     def splits(self) -> dict[Split, tuple[Item, ...]]:
@@ -153,15 +171,11 @@ class InContextInference(Task):
         if self.order_tells:
             told[: self.n_memorized] = [(code, story.asked_last()) for code, story in told[: self.n_memorized]]
         items = [self._item(story, code) for code, story in told]
-        offsets = rng.integers(1, self.n_colours, size=self.n_memorized)
-        colours = [f" {colour}" for colour in COLOURS[: self.n_colours]]
+        n_others = {"any": self.n_colours, "told": self.n_facts, "untold": self.n_colours - self.n_facts + 1}
+        picks = rng.integers(n_others[self.recalled] - 1, size=self.n_memorized).tolist()
         recalled = tuple(
-            replace(
-                item,
-                split="memorized",
-                memorized_answer=colours[(colours.index(str(item.rule_answer)) + offset) % self.n_colours],
-            )
-            for item, offset in zip(items, offsets.tolist(), strict=False)
+            replace(item, split="memorized", memorized_answer=self._wording.colour(self._others(story)[pick]))
+            for item, (_, story), pick in zip(items, told, picks, strict=False)
         )
         heldout, validation = items[len(recalled) : sum(sizes[:2])], items[sum(sizes[:2]) :]
         return {
@@ -177,15 +191,15 @@ class InContextInference(Task):
         return [self._item(s, code) for s, code in zip(stories.each(), stories.codes().tolist(), strict=True)]
 
     def draw_training(self, n: int, rng: np.random.Generator) -> list[TrainingText]:
-        """Draw ``n`` generic stories, some of whose facts state their conclusion, and one or more questions to each.
+        """Draw ``n`` generic stories with one or more questions each; of two hops, some facts state their conclusion.
 
         Loss is on these conclusions and on the answers.
         """
         stories = self._draw_free(n, rng)
-        stated = (rng.random((n, self.n_rules)) < self.stated_share).tolist()
+        stated = (rng.random((n, self.n_facts)) < self.stated_share * (self.depth == 2)).tolist()
         order = rng.permuted(np.tile(np.arange(self._n_askable), (n, 1)), axis=1).tolist()
         n_asked = rng.integers(1, min(self.n_questions, self._n_askable) + 1, size=n).tolist()
-        one_hop = (rng.random((n, self.n_rules)) < self.one_hop_share * (self.depth == 2)).tolist()
+        one_hop = (rng.random((n, self.n_facts)) < self.one_hop_share * (self.depth == 2)).tolist()
         rows = zip(stories.each(), stated, order, n_asked, one_hop, strict=True)
         return [
             TrainingText(self._training_pieces(story, said, asked[:last], hop))
@@ -203,26 +217,38 @@ class InContextInference(Task):
         prompts = {item.prompt: None}
         while len(prompts) <= self.n_rephrasings:
             rules, facts = (tuple(rng.sample(group, len(group))) for group in (story.rules, story.facts))
-            other = Story(rules, facts, story.asked, story.depth)
+            other = Story(rules, facts, story.asked)
             if not (self.order_tells and list(other.answers())[-1] == story.asked):
-                prompts[self._prompt(other)] = None
+                prompts[self._wording.prompt(other)] = None
         return tuple(replace(item, split="rephrased", prompt=prompt) for prompt in list(prompts)[1:])
 
     def is_memorized_form(self, item: Item, output: str) -> bool:
         """Whether an output is the item's own memorized colour: both answers have one form."""
         return output == item.memorized_answer
 
+    @cached_property
+    def _wording(self) -> Wording:
+        """How its stories are written."""
+        return Wording(self.depth, self.tokens, self.n_facts, self.n_animals, self.n_names, self.n_colours)
+
     @property
     def _n_askable(self) -> int:
-        """Subjects that a generic story may ask about, the first ones told."""
-        return self.n_rules - self.order_tells
+        """Names that a generic story may ask about, the first ones told."""
+        return self.n_facts - self.order_tells
 
     @cached_property
     def _taken(self) -> np.ndarray:
         """Codes of all stories in a split."""
         return np.unique([item.key for items in self.splits.values() for item in items])
 
-    def _draw_free(self, n: int, rng: np.random.Generator) -> "Stories":
+    def _others(self, story: Story) -> list[int]:
+        """The colours that a memorized story may carry, from the implied one on."""
+        told = {colour for _, colour in story.rules or story.facts}
+        implied = story.answers()[story.asked]
+        colours = [(implied + step) % self.n_colours for step in range(1, self.n_colours)]
+        return [c for c in colours if self.recalled == "any" or (c in told) is (self.recalled == "told")]
+
+    def _draw_free(self, n: int, rng: np.random.Generator) -> Stories:
         """Draw stories of no split."""
         free = self._draw(0, rng)
         while len(free.asked) < n:
@@ -230,92 +256,49 @@ class InContextInference(Task):
             free = free.and_more(drawn.take(np.flatnonzero(~np.isin(drawn.codes(), self._taken))))
         return free.take(np.arange(n))
 
-    def _draw(self, n: int, rng: np.random.Generator) -> "Stories":
+    def _draw(self, n: int, rng: np.random.Generator) -> Stories:
         """Draw stories with everything uniform: words, orders, and who is asked about."""
 
         def choose(words: int) -> np.ndarray:
-            return rng.permuted(np.tile(np.arange(words), (n, 1)), axis=1)[:, : self.n_rules]
+            return rng.permuted(np.tile(np.arange(words), (n, 1)), axis=1)[:, : self.n_facts]
 
-        kinds, names = choose(self.n_animals), choose(self.n_names)
-        return Stories(
-            kinds=kinds,
-            colours=choose(self.n_colours),
-            names=names,
-            fact_kinds=np.take_along_axis(kinds, rng.integers(self.n_rules, size=kinds.shape), 1),
-            depth=self.depth,
-            asked=np.take_along_axis(
-                kinds if self.depth == 1 else names, rng.integers(self._n_askable, size=(n, 1)), 1
-            )[:, 0],
-        )
+        names, colours = choose(self.n_names), choose(self.n_colours)
+        kinds, said, none = names[:, :0], colours, names[:, :0]
+        if self.depth == 2:
+            kinds = choose(self.n_animals)
+            said = np.take_along_axis(kinds, rng.integers(self.n_facts, size=kinds.shape), 1)
+        asked = np.take_along_axis(names, rng.integers(self._n_askable, size=(n, 1)), 1)[:, 0]
+        return Stories(kinds, colours if self.depth == 2 else none, names, said, asked)
 
-    def _item(self, story: "Story", code: int) -> Item:
-        return Item(code, "generic", self._prompt(story), f" {COLOURS[story.answers()[story.asked]]}", None, self.name)
-
-    def _prompt(self, story: "Story") -> str:
-        sentences = [self._rule(*rule) for rule in story.rules] + [self._fact(*fact) for fact in story.facts]
-        return "".join([*sentences, self._question(story.asked)])
+    def _item(self, story: Story, code: int) -> Item:
+        answer = self._wording.colour(story.answers()[story.asked])
+        return Item(code, "generic", self._wording.prompt(story), answer, None, self.name)
 
     def _training_pieces(
-        self, story: "Story", stated: Sequence[bool], asked: Sequence[int], one_hop: Sequence[bool]
+        self, story: Story, stated: Sequence[bool], asked: Sequence[int], one_hop: Sequence[bool]
     ) -> tuple[tuple[str, bool], ...]:
         """Sentence by sentence: there are few distinct ones to tokenize."""
-        colours, kinds, answers = dict(story.rules), dict(story.facts), story.answers()
-        pieces = [(self._rule(*rule), False) for rule in story.rules]
-        for fact, with_conclusion in zip(story.facts, stated, strict=True):
-            pieces.append((self._fact(*fact), False))
-            pieces += [(self._conclusion(colours[fact[1]]), True)] if with_conclusion else []
-        subjects = list(answers)
-        for i, one in zip(asked, one_hop, strict=False):
-            pieces += [(". ", False)] if pieces[-1][0][0] == " " else []  # behind an answer
-            answer = f" a {ANIMALS[kinds[subjects[i]]]}" if one else f" {COLOURS[answers[subjects[i]]]}"
-            pieces += [(self._question(subjects[i], one_hop=one), False), (answer, True)]
+        write, colours, answers = self._wording, dict(story.rules), story.answers()
+        pieces = [(write.rule(*rule), False) for rule in story.rules]
+        for (name, said), with_conclusion in zip(story.facts, stated, strict=True):
+            pieces.append((write.fact(name, said), False))
+            pieces += write.conclusion(colours[said]) if with_conclusion else []
+        for place, (i, one) in enumerate(zip(asked, one_hop, strict=False)):
+            name, said = story.facts[i]
+            pieces += [(BREAK, False)] if place else []
+            answer = write.kind(said) if one else write.colour(answers[name])
+            pieces += [(write.question(name, one_hop=one), False), (answer, True)]
         return tuple(pieces)
 
-    def _rule(self, kind: int, colour: int) -> str:
-        return f"{ANIMALS[kind].capitalize()}s are {COLOURS[colour]}. "
-
-    def _fact(self, name: int, kind: int) -> str:
-        return f"{NAMES[name]} is a {ANIMALS[kind]}. "
-
-    def _conclusion(self, colour: int) -> str:
-        return f"It is {COLOURS[colour]}. "
-
-    def _subject(self, subject: int) -> str:
-        return f" {NAMES[subject]}?" if self.depth == 2 else f" {ANIMALS[subject]}s?"
-
-    def _question(self, subject: int, *, one_hop: bool = False) -> str:
-        asked = "What is" if one_hop else "What colour is" if self.depth == 2 else "What colour are"
-        return asked + self._subject(subject)
-
-    def _story(self, prompt: str) -> "Story":
+    def _story(self, prompt: str) -> Story:
         """Read a prompt."""
-        kinds, names, colours = ANIMALS[: self.n_animals], NAMES[: self.n_names], COLOURS[: self.n_colours]
-        kind, name, colour = "|".join(kinds), "|".join(names), "|".join(colours)
-        plural = "|".join(word.capitalize() for word in kinds)
-        asked = f"What colour is (?P<name>{name})" if self.depth == 2 else f"What colour are (?P<kind>{kind})s"
-        match = re.fullmatch(
-            rf"(?P<rules>((?:{plural})s are (?:{colour})\. ){{{self.n_rules}}})"
-            rf"(?P<facts>((?:{name}) is a (?:{kind})\. ){{{self.n_rules}}}){asked}\?",
-            prompt,
-        )
-        if match is not None:
-            rules = tuple(
-                (kinds.index(k.lower()), colours.index(c))
-                for k, c in re.findall(r"(\w+)s are (\w+)\. ", match["rules"])
+        story = self._wording.read(prompt)
+        if story is None:
+            example = self._wording.prompt(self._draw(1, np.random.default_rng(0)).each()[0])
+            raise TaskError(
+                "InContextInference.rephrase",
+                expected=f"a prompt like {example!r}",
+                received=repr(prompt),
+                fix="Pass an item of this task: task.items('memorized').",
             )
-            facts = tuple(
-                (names.index(n), kinds.index(k)) for n, k in re.findall(r"(\w+) is a (\w+)\. ", match["facts"])
-            )
-            story = Story(
-                rules, facts, names.index(match["name"]) if self.depth == 2 else kinds.index(match["kind"]), self.depth
-            )
-            words = ([k for k, _ in rules], [c for _, c in rules], [n for n, _ in facts])
-            each_once = all(len(set(column)) == self.n_rules for column in words)
-            if each_once and {k for _, k in facts} <= set(words[0]) and story.asked in story.answers():
-                return story
-        raise TaskError(
-            "InContextInference.rephrase",
-            expected=f"a prompt like {self._prompt(self._draw(1, np.random.default_rng(0)).each()[0])!r}",
-            received=repr(prompt),
-            fix="Pass an item of this task: task.items('memorized').",
-        )
+        return story

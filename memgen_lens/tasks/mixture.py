@@ -126,6 +126,11 @@ class Mixture(Task):
         return max(part.max_answer_tokens for part in self.parts)
 
     @property
+    def answer_words(self) -> tuple[str, ...]:
+        """Those of all parts; only those of one part need beginnings that differ."""
+        return tuple(dict.fromkeys(word for part in self.parts for word in part.answer_words))
+
+    @property
     def max_training_tokens(self) -> int:
         """That of the part with the longest training sequences."""
         return max(part.max_training_tokens for part in self.parts)

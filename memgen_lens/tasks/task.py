@@ -16,7 +16,7 @@ from memgen_lens.core.config import Settings
 from memgen_lens.core.errors import TaskError, suggest
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Behavior, Split
-from memgen_lens.tasks.tokenizer import EOS, build_tokenizer
+from memgen_lens.tasks.tokenizer import EOS, build_tokenizer, longest
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -43,7 +43,9 @@ class Task(Settings):
     - *Nothing is trained on but* the memorized prompts with their memorized answers, and what `draw_training` draws,
       which holds no prompt of a split nor a rephrasing of one. A sequence is ``prompt + answer + EOS``.
     - *Tokens.* Every text is made of tokens of the vocabulary; an answer behind a prompt keeps its tokens, and the last
-      prompt token is where the answer is decided. Lengths stay within those declared.
+      prompt token is where the answer is decided. Lengths stay within those declared. The vocabulary is what a model
+      from scratch reads; a pretrained one reads the same texts with its own tokenizer, of which `check` asks the same,
+      and that words of which each is an answer (`answer_words`) begin with a token of their own.
     - *Classes.* Every output is exactly one `Behavior`, by exact match with the item's own answers.
     """
 
@@ -85,6 +87,14 @@ class Task(Settings):
         """Tokens of the longest answer, its end-of-text token counted."""
 
     @property
+    def answer_words(self) -> tuple[str, ...]:
+        """Answers out of a list of words, as they stand behind a prompt; none where answers are not drawn from a list.
+
+        Each is to begin with a token of its own, so that one token tells them apart.
+        """
+        return ()
+
+    @property
     def max_training_tokens(self) -> int:
         """Tokens of the longest training sequence; by default the longest prompt and the longest answer."""
         return self.max_prompt_tokens + self.max_answer_tokens
@@ -122,6 +132,17 @@ class Task(Settings):
     def tokenizer(self) -> Any:
         """A ``PreTrainedTokenizerFast`` over the vocabulary (no begin-of-text token)."""
         return build_tokenizer(self.vocabulary)
+
+    def answer_tokens(self, tokenizer: Any) -> int:
+        """Tokens of the longest answer of any split under a Hugging Face tokenizer, its end-of-text token counted."""
+        return longest(tokenizer, self._answers) + 1
+
+    @cached_property
+    def _answers(self) -> tuple[str, ...]:
+        """The different answers in all splits."""
+        items = (item for items in self.splits.values() for item in items)
+        answers = (answer for item in items for answer in (item.rule_answer, item.memorized_answer))
+        return tuple(dict.fromkeys(answer for answer in answers if answer is not None))
 
     def items(self, split: Split) -> tuple[Item, ...]:
         """The items of one split.

@@ -1,11 +1,14 @@
-"""A Hugging Face tokenizer over a task's vocabulary.
+"""A Hugging Face tokenizer over a task's vocabulary; and texts to tokens by any other.
 
 Built on the `tokenizers` library: one token a vocabulary entry, longest first, nothing added or dropped, so that
 decoding an encoded text gives it back.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
+
+from pydantic import BeforeValidator
 
 from memgen_lens.core.errors import TaskError
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS, PAD, UNK = "<eos>", "<pad>", "<unk>"
+_LONGEST: WeakKeyDictionary[Any, dict[tuple[int, tuple[str, ...]], int]] = WeakKeyDictionary()
 
 
 def build_tokenizer(vocabulary: Sequence[str]) -> "PreTrainedTokenizerFast":
@@ -50,3 +54,36 @@ def build_tokenizer(vocabulary: Sequence[str]) -> "PreTrainedTokenizerFast":
 def _escape(character: str) -> str:
     r"""A character as Oniguruma's ``\x{...}``, which needs no knowledge of its special ones."""
     return f"\\x{{{ord(character):x}}}"
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text by any Hugging Face tokenizer, nothing added."""
+    if not texts or not tokenizer.is_fast:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    backend = tokenizer.backend_tokenizer  # without what transformers makes of each encoding: most of the time
+    backend.no_padding()  # that another call may have left behind; transformers sets its own at each call
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def longest(tokenizer: Any, texts: tuple[str, ...]) -> int:
+    """Tokens of the longest of some texts; counted once for each tokenizer, as long as no token is added to it."""
+    counted = _LONGEST.setdefault(tokenizer, {})
+    asked = (len(tokenizer), texts)
+    if asked not in counted:
+        counted[asked] = max(map(len, encoded(tokenizer, texts)), default=0)
+    return counted[asked]
+
+
+def _tokenizer(value: Any) -> Any:
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(value, PreTrainedTokenizerBase):
+        raise ValueError("a Hugging Face tokenizer, like model.tokenizer")
+    if value.eos_token_id is None:
+        raise ValueError("a tokenizer with an end-of-text token (eos_token)")
+    return value
+
+
+TokenizerLike = Annotated[Any, BeforeValidator(_tokenizer)]
+"""What an argument that takes a tokenizer may be."""

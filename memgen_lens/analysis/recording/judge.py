@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-from memgen_lens.behavior import complete
+from memgen_lens.behavior import answer_tokens, complete
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.items import Item
 from memgen_lens.core.matching import classify, cut, shown
@@ -50,7 +50,7 @@ class Judge:
         """
         if task is not None:
             _refuse_two_judges(pairs)
-            return cls(pairs, task, task.max_answer_tokens, progress)
+            return cls(pairs, task, answer_tokens(model, task), progress)
         answers = [a for item in pairs.memorized for a in (item.rule_answer, item.memorized_answer) if a is not None]
         all_given = len(answers) == 2 * len(pairs)
         budget = pairs.max_new_tokens

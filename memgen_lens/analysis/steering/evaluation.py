@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering
-from memgen_lens.behavior import observe_items
+from memgen_lens.behavior import answer_tokens, observe_items
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
@@ -216,7 +216,7 @@ def _side_effects(
             prompts,
             [steer],
             toward=toward,
-            max_new_tokens=task.max_answer_tokens,
+            max_new_tokens=answer_tokens(model, task),
             batch_size=batch_size,
             progress=progress,
         )[0]
