@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened
 from memgen_lens.core.files import user_path
-from memgen_lens.core.types import Direction, Positions, Split
+from memgen_lens.core.types import Direction, FittedKind, Mode, Positions, Split
 
 MADE_BY = {
     "Activations": "mg.record",
@@ -27,7 +27,7 @@ MADE_BY = {
     "NeuronScores": "mg.attribute",
     "ProbeReport": "mg.fit_probes",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
-    "Steering": "mg.Steering.from_scores",
+    "Steering": "mg.Steering.from_scores or mg.Steering.from_activations",
     "SteeringTable": "mg.evaluate_steering",
     "SweepRow": "mg.sweep_steering",
     "TrainConfig": "mg.TrainConfig(...)",
@@ -120,6 +120,9 @@ SplitName = Annotated[Split, _Plain]
 PairSplitName = Annotated[Literal["select", "tune", "test"], _Plain]
 DirectionName = Annotated[Direction, _Plain]
 ModeName = Annotated[Literal["shift", "patch"], _Plain]
+"""Modes for which nothing is fitted."""
+KindName = Annotated[FittedKind, _Plain]
+AnyModeName = Annotated[Mode, _Plain]
 PositionsName = Annotated[Positions, _Plain]
 PositionsNames = Annotated[list[PositionsName], _AtLeastOne, _Several]
 

@@ -85,7 +85,7 @@ def probe_metrics(probes: ProbeReport) -> dict[str, Any]:
 
 
 def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
-    """The shift's figures under the names of ``design.md``; the patch's beside them under ``"patch"``."""
+    """The shift's figures under the names of ``design.md``; those of other modes beside them under the mode's name."""
 
     def one(table: SteeringTable) -> dict[str, Any]:
         setting, effects = table.setting, table.side_effects
@@ -96,7 +96,9 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
                 "top_fraction": setting.top_fraction,
                 "alpha": setting.alpha,
                 "positions": setting.positions,
+                **({} if setting.size is None else {"mode": setting.mode, "size": setting.size}),
             },
+            **({} if table.predicted is None else {"predicted": table.predicted}),
             "to_generalization": {
                 "n": table.to_generalization.n,
                 "n_items": table.to_generalization.n_items,
@@ -120,7 +122,7 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
             },
         }
 
-    return {**one(tables["shift"]), "patch": one(tables["patch"])}
+    return {**one(tables["shift"]), **{mode: one(table) for mode, table in tables.items() if mode != "shift"}}
 
 
 def consistency_metrics(halves: SplitHalf, tasks: TaskConsistency | None, why: str | None = None) -> dict[str, Any]:

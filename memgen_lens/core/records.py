@@ -6,7 +6,7 @@ reported without torch. They do not compute: the stages do.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.files import counts_rows, damaged, read_arrays, write_arrays
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.types import Direction, Positions
+from memgen_lens.core.types import Direction, Mode, Positions
 
 
 @dataclass(frozen=True)
@@ -229,16 +229,19 @@ class SteeringSetting:
     Attributes:
         site: Site whose neurons are changed.
         top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1].
-        alpha: Multiple of abs(nmd); None in patch mode.
+        alpha: Multiple of abs(nmd), or of the change that a fitted rule predicts; None in patch mode.
         positions: See `memgen_lens.core.types.Positions`.
-        mode: ``"shift"`` (the paper's) or ``"patch"``.
+        mode: ``"shift"`` (the paper's), ``"patch"``, or the kind of the rule fitted on the ``select`` pairs:
+            ``"clusters"`` or ``"low_rank"``.
+        size: Of a fitted rule, the number of its clusters or its rank; else None.
     """
 
     site: str
     top_fraction: float
     alpha: float | None
     positions: Positions
-    mode: Literal["shift", "patch"] = "shift"
+    mode: Mode = "shift"
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -295,13 +298,26 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class SteeringTable:
-    """Steering both ways on the test pairs, beside its controls and side effects."""
+    """Steering both ways on the test pairs, beside its controls and side effects.
+
+    Attributes:
+        setting: How it was steered.
+        n_neurons_by_layer: Neurons that were changed.
+        to_generalization: What it does to recalling prompts.
+        to_memorization: What it does to computing prompts.
+        side_effects: What it does to held-out prompts.
+        predicted: Of a fitted rule, by direction, for each layer that is steered ``{"layer", "closed",
+            "closed_by_one_shift"}``: which share of the squared distance from a prompt's activation to its partner's,
+            on the selected neurons, what is added at alpha 1 closes for items that it was not fitted on, beside what
+            one shift for all closes; at most 1, and below 0 where it leads away. None where nothing is fitted.
+    """
 
     setting: SteeringSetting
     n_neurons_by_layer: tuple[int, ...]
     to_generalization: SteeringRates
     to_memorization: SteeringRates
     side_effects: SideEffects
+    predicted: dict[str, list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -310,7 +326,7 @@ class SweepRow:
 
     Attributes:
         setting: The setting.
-        layers: Layers it was restricted to; None = all.
+        layers: Layers it was restricted to; None = all (of a fitted rule: the one layer that it chooses).
         n: Pairs.
         n_items: Items that they belong to.
         to_generalization: Share of recalling prompts that now generalize.

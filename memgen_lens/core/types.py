@@ -37,6 +37,12 @@ Direction = Literal["generalization", "memorization"]
 Positions = Literal["answer", "prompt", "all"]
 """Where steering acts: from the answer position on (the paper), at the answer position alone, or everywhere."""
 
+FittedKind = Literal["clusters", "low_rank"]
+"""Rules fitted on recorded activations: what they add depends on the activation that a row has."""
+
+Mode = Literal["shift", "patch", "clusters", "low_rank"]
+"""How neurons are changed: by one shift, by the paired prompt's values, or by a fitted rule (`FittedKind`)."""
+
 Split = Literal["memorized", "rephrased", "heldout", "validation"]
 """Prompts of a designed task that are asked about (generic training prompts are drawn, not listed)."""
 

@@ -7,7 +7,7 @@ file; every other file must be there and whole.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import FILE as DYNAMICS
@@ -27,7 +27,7 @@ from memgen_lens.core.records import (
     SteeringTable,
     SweepRow,
 )
-from memgen_lens.core.types import Behavior
+from memgen_lens.core.types import Behavior, FittedKind
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ class RunContents:
         sweep: Steering settings tried on ``tune``: for all layers, then the chosen one layer by layer.
         shift: Steering by shifting on ``test``, or None.
         patch: Steering by patching on ``test``, or None.
+        fitted: Steering by fitted rules on ``test``, by kind, where somebody has measured it.
         halves: Agreement of two halves of the pairs, or None.
         tasks: The tasks of a mixture compared, or None.
         dynamics: Measurements over the checkpoints, where somebody has made them.
@@ -66,6 +67,7 @@ class RunContents:
     sweep: tuple[SweepRow, ...]
     shift: SteeringTable | None
     patch: SteeringTable | None
+    fitted: dict[str, SteeringTable]
     halves: SplitHalf | None
     tasks: TaskConsistency | None
     dynamics: Dynamics | None
@@ -119,6 +121,7 @@ def read_run(directory: str | Path) -> RunContents:
         sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
         shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
         patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
+        fitted={kind: _rebuild(path, _table, steering[kind]) for kind in get_args(FittedKind) if kind in steering},
         halves=_rebuild(beside, SplitHalf.from_json, compared["split_half"]) if compared else None,
         tasks=_rebuild(beside, TaskConsistency.from_json, tasks) if tasks and not why["across_tasks"] else None,
         dynamics=Dynamics.load(directory) if (directory / DYNAMICS).exists() else None,
@@ -190,6 +193,7 @@ def _table(value: Any) -> SteeringTable:
         to_generalization=_rates(value["to_generalization"]),
         to_memorization=_rates(value["to_memorization"]),
         side_effects=SideEffects(**value["side_effects"]),
+        predicted=value.get("predicted"),
     )
 
 

@@ -25,7 +25,7 @@ from memgen_lens.core.stats import wilson
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
-from memgen_lens.viz.theme import BEHAVIOR_COLORS
+from memgen_lens.viz.theme import BEHAVIOR_COLORS, rule_of
 
 EXAMPLES = 3
 """Example prompts shown for each split and behaviour."""
@@ -58,7 +58,7 @@ def write_report(directory: str | Path) -> Path:
 
 def render(run: RunContents) -> str:
     """The report of a run as HTML."""
-    tables = {mode: table for mode, table in (("shift", run.shift), ("patch", run.patch)) if table is not None}
+    tables = _tables(run)
     return _template().render(
         run=run,
         title=_title(run),
@@ -94,6 +94,7 @@ def _template() -> Template:
         "interval": wording.interval,
         "number": wording.number,
         "value": _value,
+        "mode": lambda setting: setting.mode if setting.size is None else rule_of(setting.mode, setting.size),
         "label": lambda name: str(name).replace("_", " "),
     }
     return environment.get_template("report.html.j2")
@@ -119,9 +120,8 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
         yield "probe", figures.probe_by_layer(run.probes)
         if run.probes.learning_curve:
             yield "learning", figures.learning_curve(run.probes)
-    for mode, table in (("shift", run.shift), ("patch", run.patch)):
-        if table is not None:
-            yield mode, figures.steering_rates(table)
+    for mode, table in _tables(run).items():
+        yield mode, figures.steering_rates(table)
     if any(row.layers is None for row in run.sweep):
         yield "sweep", figures.steering_sweep(run.sweep, chosen=_chosen(run))
     restricted = [row for row in run.sweep if row.layers is not None]
@@ -229,6 +229,12 @@ def _site(scores: NeuronScores) -> dict[str, Any]:
     }
 
 
+def _tables(run: RunContents) -> dict[str, SteeringTable]:
+    """What was measured on the test pairs, by mode."""
+    tables = {"shift": run.shift, "patch": run.patch, **run.fitted}
+    return {mode: table for mode, table in tables.items() if table is not None}
+
+
 def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
     """The numbers of the steering figure: the steered rates, then a line a control, for both directions."""
     rows = []
@@ -259,7 +265,7 @@ def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
 def _best_rows(run: RunContents) -> list[tuple[SweepRow, bool]]:
     """The rows that were chosen, each marked so, then the row of largest gain of each site, mode and positions."""
     whole = sorted((row for row in run.sweep if row.layers is None), key=lambda row: row.gain, reverse=True)
-    chosen = {table.setting for table in (run.shift, run.patch) if table is not None}
+    chosen = {table.setting for table in _tables(run).values()}
     best: dict[tuple[str, str, str], SweepRow] = {}
     for row in whole:
         best.setdefault((row.setting.site, row.setting.mode, row.setting.positions), row)

@@ -17,7 +17,7 @@ from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
-from memgen_lens.core.types import Positions
+from memgen_lens.core.types import Mode, Positions
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
     INK,
@@ -26,6 +26,7 @@ from memgen_lens.viz.theme import (
     at_least_one,
     counted,
     drawn,
+    rule_of,
     sequential,
     themed,
 )
@@ -46,7 +47,7 @@ def steering_rates(table: SteeringTable) -> go.Figure:
     arXiv 2412.18497, which have one control (random neurons) and no intervals.
 
     Args:
-        table: Rates of one setting, in shift or in patch mode.
+        table: Rates of one setting, in any mode.
     """
     sides = (table.to_generalization, table.to_memorization)
     figure = make_subplots(
@@ -62,7 +63,9 @@ def steering_rates(table: SteeringTable) -> go.Figure:
     figure.update_xaxes(**SHARE_AXIS)
     figure.update_xaxes(title_text="share of prompts", row=2, col=1)
     height = 190 + 34 * sum(1 + len(side.controls) for side in sides)
-    return themed(figure, f"{table.setting.mode.title()}: {_describe(table.setting)}", height=height)
+    return themed(
+        figure, f"{table.setting.mode.replace('_', '-').capitalize()}: {_describe(table.setting)}", height=height
+    )
 
 
 def _draw_side(figure: go.Figure, side: SteeringRates, row: int) -> None:
@@ -153,7 +156,8 @@ def steering_sweep(
 
     Three panels: recalling prompts that now give the rule's answer, computing prompts that now give the
     item's own memorized answer, and computing prompts whose output has the form of one. Patch mode has no
-    alpha and is the last column. Rows restricted to some layers are left to `steering_by_layer`.
+    alpha and is the last column; fitted rules have columns of their own. Rows restricted to some layers are left to
+    `steering_by_layer`.
 
     Args:
         rows: The sweep, of any sites and positions.
@@ -178,9 +182,9 @@ def steering_sweep(
             received=f"site={wanted[0]!r}, positions={wanted[1]!r}",
             fix=suggest(f"site={wanted[0]!r}, positions={wanted[1]!r}", known),
         )
-    alphas = sorted({row.setting.alpha for row in grid}, key=lambda alpha: (alpha is None, alpha))
+    columns = sorted({_column(row.setting) for row in grid}, key=_order)
     fractions = sorted({row.setting.top_fraction for row in grid})
-    found = {(row.setting.top_fraction, row.setting.alpha): row for row in grid}
+    found = {(row.setting.top_fraction, _column(row.setting)): row for row in grid}
     panels = (
         ("to_generalization", "towards generalization: the rule's answer", "generalization"),
         ("to_memorization", "towards memorization: exact recall", "memorization"),
@@ -195,10 +199,10 @@ def steering_sweep(
     )
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     for number, (field, title, behavior) in enumerate(panels, start=1):
-        cells = [[found.get((fraction, alpha)) for alpha in alphas] for fraction in fractions]
+        cells = [[found.get((fraction, column)) for column in columns] for fraction in fractions]
         figure.add_heatmap(
             z=drawn([[np.nan if cell is None else getattr(cell, field) for cell in line] for line in cells]),
-            x=["patch" if alpha is None else f"{alpha:g}" for alpha in alphas],
+            x=[_label(*column) for column in columns],
             y=[f"{100 * fraction:g} %" for fraction in fractions],
             customdata=[[_others(cell) for cell in line] for line in cells],
             colorscale=sequential(BEHAVIOR_COLORS[behavior]),
@@ -214,15 +218,31 @@ def steering_sweep(
             row=number,
             col=1,
         )
-        if chosen is not None and (chosen.top_fraction, chosen.alpha) in found and wanted == _place(chosen):
-            x, y = alphas.index(chosen.alpha), fractions.index(chosen.top_fraction)
+        if chosen is not None and (chosen.top_fraction, _column(chosen)) in found and wanted == _place(chosen):
+            x, y = columns.index(_column(chosen)), fractions.index(chosen.top_fraction)
             frame = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
             figure.add_shape(type="rect", **frame, line={"width": 3, "color": INK}, row=number, col=1)
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", title_text="top fraction")
-    figure.update_xaxes(title_text="alpha (multiples of abs(NMD))", row=3, col=1)
+    unit = "abs(NMD)" if all(size is None for _, size, _ in columns) else "abs(NMD), or of what a rule says"
+    figure.update_xaxes(title_text=f"alpha (multiples of {unit})", row=3, col=1)
     title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” ({counted(grid[0].n, grid[0].n_items)})"
     return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
+
+
+def _column(setting: SteeringSetting) -> tuple[Mode, int | None, float | None]:
+    return setting.mode, setting.size, setting.alpha
+
+
+def _order(column: tuple[Mode, int | None, float | None]) -> tuple[int, int, float]:
+    mode, size, alpha = column
+    return ("shift", "clusters", "low_rank", "patch").index(mode), size or 0, alpha or 0.0
+
+
+def _label(mode: Mode, size: int | None, alpha: float | None) -> str:
+    if alpha is None:
+        return "patch"
+    return f"{alpha:g}" if size is None else f"{rule_of(mode, size)}: {alpha:g}"
 
 
 def _place(setting: SteeringSetting) -> tuple[str, str]:
@@ -240,13 +260,14 @@ def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
     """What is left of steering when it is restricted to some layers: which layers matter.
 
     Args:
-        rows: Sweep rows of one setting, each restricted to other layers; a row for all layers is drawn last.
+        rows: Sweep rows of one setting, each restricted to other layers; a row without a restriction is drawn last.
 
     Raises:
         MemgenError: There are no rows.
     """
     ordered = sorted(rows, key=lambda row: (row.layers is None, row.layers))
-    labels = ["all" if row.layers is None else ", ".join(map(str, row.layers)) for row in ordered]
+    whole = "all" if ordered[0].setting.size is None else "best predicted"
+    labels = [whole if row.layers is None else ", ".join(map(str, row.layers)) for row in ordered]
     bars = (
         ("to_generalization", "to generalization: the rule's answer", "generalization", ""),
         ("to_memorization", "to memorization: exact recall", "memorization", ""),
@@ -274,4 +295,5 @@ def steering_by_layer(rows: Sequence[SweepRow]) -> go.Figure:
 def _describe(setting: SteeringSetting) -> str:
     """A setting in a few words."""
     alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
-    return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}"
+    rule = "" if setting.size is None else f", {rule_of(setting.mode, setting.size)}"
+    return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}{rule}"

@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from memgen_lens.core.errors import MemgenError
+from memgen_lens.core.types import Mode
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e6e8eb"
@@ -97,6 +98,11 @@ def counted(n: int, n_items: int, what: str = "") -> str:
     """How many prompts or pairs a figure comes from, and of how many items where these are fewer."""
     rows = f"{n:,} {what}" if what else f"n = {n:,}"
     return rows if n_items == n else f"{rows} of {n_items:,} items"
+
+
+def rule_of(mode: Mode, size: int) -> str:
+    """The rule of a fitted steering in two words."""
+    return f"rank {size}" if mode == "low_rank" else f"{size} cluster{'' if size == 1 else 's'}"
 
 
 def finite(values: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from memgen_lens.core.items import same_items
 from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.viz.contents import RunContents
-from memgen_lens.viz.theme import UNKNOWN
+from memgen_lens.viz.theme import UNKNOWN, rule_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def counted(n: int, n_items: int, unit: str = "") -> str:
 def describe(setting: SteeringSetting) -> str:
     """A steering setting in words."""
     alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
-    return f"the top {percent(setting.top_fraction)} of {setting.site} neurons{alpha}"
+    rule = "" if setting.size is None else f" by {rule_of(setting.mode, setting.size)}"
+    return f"the top {percent(setting.top_fraction)} of {setting.site} neurons{rule}{alpha}"
 
 
 def verdict(run: RunContents) -> str:

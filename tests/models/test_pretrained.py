@@ -264,9 +264,10 @@ def test_the_whole_analysis_runs_in_bfloat16(llama):
 
 def test_what_steering_adds_goes_to_the_device_of_the_layer():
     """The stand-in of a second device: ``meta`` has no numbers and mixes with no other device."""
-    from memgen_lens.analysis.steering.steering import _patch, _shift
+    from memgen_lens.analysis.steering.changes import patch_change, shift_change
 
     h = torch.zeros(4, 6, device="meta")
     index = torch.zeros(4, dtype=torch.long, device="meta")
-    assert _shift(torch.ones(2, 6))(h, index, index).device.type == "meta"
-    assert _patch(torch.ones(4, 6), torch.ones(2, 6, dtype=torch.bool))(h, index, index).device.type == "meta"
+    assert shift_change(torch.ones(2, 6))(h, index, index).device.type == "meta"
+    patch = patch_change(torch.ones(4, 6), torch.ones(2, 6, dtype=torch.bool))
+    assert patch(h, index, index).device.type == "meta"

@@ -4,7 +4,6 @@ Does not choose the steering.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from memgen_lens.analysis.recording.judge import Judge
+from memgen_lens.analysis.steering.controls import control_draws, controls_of
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import answer_tokens, observe_items
@@ -27,7 +27,6 @@ from memgen_lens.models.guard import lens_model
 from memgen_lens.models.step import forward, rows_at_once
 from memgen_lens.models.tokens import in_batches
 
-CONTROLS = ("random_neurons", "low_correlation", "random_sign")
 N_EXAMPLES = 6
 
 
@@ -59,7 +58,9 @@ def evaluate_steering(
     ``to_generalization``: the recalling prompts, steered towards generalization; ``to_memorization``: the computing
     prompts, steered towards memorization. The controls change as many neurons in each layer by the same multiset of
     magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho)) and
-    ``random_sign`` (the selected neurons, random signs).
+    ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row to
+    other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
+    whose partners are of other items (`memgen_lens.analysis.steering.controls`).
 
     Args:
         model: A HookedTransformer.
@@ -92,7 +93,7 @@ def evaluate_steering(
     judge = Judge.of(model, task, pairs, batch_size=batch_size, progress=progress)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     rng = np.random.default_rng(seed)
-    controls = {name: control_draws(steer, name, n_controls, rng) for name in CONTROLS}
+    controls = {name: control_draws(steer, name, n_controls, rng) for name in controls_of(steer)}
     rates = {
         toward: _rates(model, judge, index, steer, controls, toward=toward, batch_size=batch_size)
         for toward in ("generalization", "memorization")
@@ -103,6 +104,7 @@ def evaluate_steering(
         to_generalization=rates["generalization"],
         to_memorization=rates["memorization"],
         side_effects=_side_effects(model, task, steer, batch_size=batch_size, progress=progress),
+        predicted=None if steer.rules is None else steer.rules.predicted(steer.selected),
     )
 
 
@@ -173,29 +175,6 @@ def _rates(
             for item, output, behavior in list(zip(items, outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]
         ),
     )
-
-
-def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) -> list[Steering]:
-    """Draws of one control: as many neurons in each layer, the same multiset of magnitudes."""
-    if name == "random_sign":
-        if steer.setting.mode == "patch":
-            return []
-        signs = rng.choice([-1.0, 1.0], size=(n, *steer.shift.shape))
-        return [replace(steer, selected=steer.selected, shift=np.abs(steer.shift) * sign) for sign in signs]
-    draws = []
-    for _ in range(n):
-        selected, shift = np.zeros_like(steer.selected), np.zeros_like(steer.shift)
-        for layer, row in enumerate(steer.selected):
-            count = int(row.sum())
-            if name == "random_neurons":
-                chosen = rng.choice(len(row), size=count, replace=False)
-            else:
-                chosen = np.argsort(np.abs(steer.scores.rho[layer]), kind="stable")[:count]
-            selected[layer, chosen] = True
-            shift[layer, chosen] = rng.permutation(steer.shift[layer, row])
-        draws.append(replace(steer, selected=selected, shift=shift))
-    # Patching has no magnitudes to permute: every draw of the least correlated neurons would be the same one.
-    return draws[:1] if name == "low_correlation" and steer.setting.mode == "patch" else draws
 
 
 def _side_effects(

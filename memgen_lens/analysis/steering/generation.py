@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memgen_lens.analysis.steering.steering import Steering, steering_changes, steering_hooks
 from memgen_lens.core.progress import progress_bar
-from memgen_lens.core.types import Direction, LensModel, Positions
+from memgen_lens.core.types import Direction, LensModel, Mode, Positions
 from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
 from memgen_lens.fast.support import is_plain
 from memgen_lens.models.cache import Past
@@ -93,13 +93,14 @@ class _Asked:
 
     def completed(self) -> Iterator[Completed]:
         """Everything, in any order; steerings of one kind together."""
-        kinds: dict[tuple[str, int, Positions], list[int]] = {}
+        kinds: dict[tuple[str, Mode, int, Positions], list[int]] = {}
         for i, steering in enumerate(self.steerings):
             setting = steering.setting
-            kinds.setdefault((setting.site, id(steering.source), setting.positions), []).append(i)
+            kind = (setting.site, setting.mode, id(steering.source), setting.positions)
+            kinds.setdefault(kind, []).append(i)
         plain = self.use_cache and is_plain(self.model)
         fast, own = [], []
-        for (site, _, positions), members in kinds.items():
+        for (site, _, _, positions), members in kinds.items():
             goes = plain and positions != "all" and can_change(site_hooks(self.model, site))
             (fast if goes else own).append(members)
         yield from self._fast(fast) if fast else ()

@@ -1,4 +1,4 @@
-"""Steer a model at inference time through hooks: shift neurons, or patch them with the paired prompt's values.
+"""Steer a model at inference time through hooks: shift neurons, patch them, or add what a fitted rule says.
 
 Does not choose its settings (see `sweep`) nor judge what it does (see `evaluation`).
 """
@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from memgen_lens.analysis.steering.changes import known_pairs, patch_change, rule_change, shift_change
+from memgen_lens.analysis.steering.hooks import change_hooks
+from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, Rules, SiteFits, best_predicted
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
+from memgen_lens.core.errors import SettingsError, SiteError
 from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
-from memgen_lens.core.types import Direction, LensModel, Positions
+from memgen_lens.core.types import Direction, FittedKind, LensModel, Mode, Positions
 from memgen_lens.fast.decoding import Change
 from memgen_lens.models.guard import lens_model
 from memgen_lens.models.passes import At, watched_passes
@@ -29,16 +32,18 @@ from memgen_lens.models.sites import site_hooks
 class Steering:
     """Which neurons of one site are changed, and to what.
 
-    Two modes. ``"shift"`` (arXiv 2412.18497 v2, sec. 5): ``h_i <- h_i + s * alpha * sign(rho_i) * abs(nmd_i)`` with
+    ``"shift"`` (arXiv 2412.18497 v2, sec. 5): ``h_i <- h_i + s * alpha * sign(rho_i) * abs(nmd_i)`` with
     ``s = +1`` towards memorization and ``-1`` towards generalization. ``"patch"``: the neurons take the values they
-    have at the answer position of the paired prompt (activation patching restricted to neurons).
+    have at the answer position of the paired prompt (activation patching restricted to neurons). Two more depend on the
+    activation that a row has (`from_activations`).
 
     Attributes:
         setting: What was asked for.
         scores: The scores the neurons were chosen by.
         selected: The neurons that are changed.
-        shift: What is added towards memorization; 0 elsewhere, and everywhere in patch mode.
+        shift: In shift mode, what is added towards memorization; 0 elsewhere, and everywhere in other modes.
         source: In patch mode, the site's activations to patch from.
+        rules: What is added given the activation, where that was fitted.
     """
 
     setting: SteeringSetting
@@ -46,6 +51,7 @@ class Steering:
     selected: Bool[np.ndarray, "layer neuron"]
     shift: Float[np.ndarray, "layer neuron"]
     source: SiteActivations | None = None
+    rules: Rules | None = None
 
     @classmethod
     @arguments(
@@ -64,7 +70,7 @@ class Steering:
         top_fraction: float = 0.1,
         alpha: float = 2.0,
         *,
-        mode: Literal["shift", "patch"] = "shift",
+        mode: Mode = "shift",
         source: Activations | None = None,
         layers: int | Sequence[int] | None = None,
         positions: Positions | None = None,
@@ -86,15 +92,7 @@ class Steering:
             SiteError: ``source`` lacks the scores' site.
         """
         call = "Steering.from_scores"
-        n_layers = scores.rho.shape[0]
-        chosen = np.arange(n_layers) if layers is None else np.atleast_1d(np.asarray(layers))
-        if (chosen >= n_layers).any():
-            raise SettingsError(
-                f"{call}(layers=...)",
-                expected=f"layers of the scores, 0 to {n_layers - 1}",
-                received=repr(layers),
-                fix="Change layers.",
-            )
+        selected = _selected(scores, top_fraction, layers, call=call)
         if mode == "patch" and (source is None or positions not in (None, "prompt")):
             raise SettingsError(
                 call,
@@ -102,11 +100,6 @@ class Steering:
                 received=f"source={'None' if source is None else '...'}, positions={positions!r}",
                 fix="Activations are recorded at the answer position alone, so only there can they be patched.",
             )
-        strength = np.abs(scores.rho).ravel()
-        count = max(1, round(top_fraction * strength.size))
-        selected = np.zeros(strength.size, dtype=bool)
-        selected[np.argsort(-strength, kind="stable")[:count]] = True
-        selected = selected.reshape(scores.rho.shape) & np.isin(np.arange(n_layers), chosen)[:, None]
         shift = alpha * np.sign(scores.rho) * np.abs(scores.nmd) * selected
         patching = mode == "patch"
         return cls(
@@ -122,6 +115,73 @@ class Steering:
             shift=np.zeros_like(shift) if patching else shift,
             source=source.site(scores.site) if source is not None and patching else None,
         )
+
+    @classmethod
+    @arguments(
+        "Steering.from_activations",
+        scores=kinds.one(NeuronScores),
+        acts=kinds.one(Activations),
+        top_fraction=kinds.Share,
+        alpha=kinds.Positive,
+        kind=kinds.KindName,
+        n_clusters=kinds.Count,
+        rank=kinds.Count,
+        layers=kinds.Layers | None,
+        positions=kinds.PositionsName | None,
+        seed=kinds.Seed,
+    )
+    def from_activations(
+        cls,
+        scores: NeuronScores,
+        acts: Activations,
+        top_fraction: float = 0.1,
+        alpha: float = 1.0,
+        *,
+        kind: FittedKind = "clusters",
+        n_clusters: int = DEFAULT_SIZE["clusters"],
+        rank: int = DEFAULT_SIZE["low_rank"],
+        layers: int | Sequence[int] | None = None,
+        positions: Positions | None = None,
+        seed: int = 0,
+    ) -> "Steering":
+        """Add to the neurons with the largest abs(rho) what a rule says that looks at the activation of each row.
+
+        ``h_i <- h_i + alpha * delta_i(h)``: the rule ``delta`` of a layer and direction sees all neurons of the site in
+        that layer. It is fitted on the ``select`` pairs, to lead from one prompt's activation at the answer position to
+        its partner's: towards generalization from the memorized side, as what is steered then recalls, towards
+        memorization from the other. ``"clusters"``: the mean change of the k-means cluster whose centroid is nearest
+        (with one cluster, `from_scores` at this alpha wherever rho and nmd have one sign, as the mean change is nmd).
+        ``"low_rank"``: a reduced-rank ridge regression, its ridge chosen by cross-validation grouped by item. Neither
+        is in arXiv 2412.18497, where every prompt is shifted alike.
+
+        A rule knows activations of the unsteered model at the answer position. At generated positions
+        (``positions="answer"``) and everywhere (``"all"``) it is asked about others. Where several layers are steered,
+        the second sees rows that the first has moved, and moves them on: beyond the other side, for all it knows.
+        So by default one layer is steered: the one where rules close the most of the distance between partners on
+        selected neurons, on items of ``select`` that they were not fitted on. That says how well a change is
+        predicted, not what it does to the answer; `memgen_lens.sweep_steering` tries layers on ``tune``.
+
+        Args:
+            scores: Scores of one site.
+            acts: Recorded activations of that site; only the ``select`` pairs are read.
+            top_fraction: Share of the site's neurons, over all its layers, in (0, 1].
+            alpha: Multiple of the change that the rule says, above 0.
+            kind: ``"clusters"`` or ``"low_rank"``.
+            n_clusters: Clusters, at most as many as ``select`` has items.
+            rank: Largest rank of the map, at most as large as items in ``select`` and neurons are many.
+            layers: Steer in this layer or these; the neurons are still ranked over all. Default: the best predicted.
+            positions: See `from_scores`; ``"prompt"`` is where the rule was fitted.
+            seed: Seed of k-means.
+
+        Raises:
+            SettingsError: A value is out of range.
+            SiteError: ``acts`` lack the scores' site, or have another shape there.
+            PairsError: ``select`` holds fewer than 8 pairs, or one item only.
+            ModelError: An activation is not finite.
+        """
+        call, size = "Steering.from_activations", n_clusters if kind == "clusters" else rank
+        fits = SiteFits(acts, scores.site, kind=kind, size=size, seed=seed, call=call)
+        return by_rules(fits, scores, top_fraction, alpha, layers=layers, positions=positions, call=call)
 
     @arguments(
         "Steering.applied",
@@ -166,6 +226,50 @@ class Steering:
                 yield model
 
 
+def by_rules(
+    fits: SiteFits,
+    scores: NeuronScores,
+    top_fraction: float,
+    alpha: float,
+    *,
+    layers: int | Sequence[int] | None,
+    positions: Positions | None,
+    call: str,
+) -> Steering:
+    """What `Steering.from_activations` gives, of rules that many settings share."""
+    if fits.shape != scores.rho.shape:
+        raise _wrong_shape(scores.site, "x".join(map(str, scores.rho.shape)), "x".join(map(str, fits.shape)))
+    selected = _selected(scores, top_fraction, layers, call=call)
+    if layers is None:
+        selected &= (np.arange(len(selected)) == best_predicted(fits, selected))[:, None]
+    return Steering(
+        setting=SteeringSetting(scores.site, top_fraction, alpha, positions or "answer", fits.kind, fits.size),
+        scores=scores,
+        selected=selected,
+        shift=np.zeros_like(scores.rho),
+        rules=Rules.of(fits, selected, alpha),
+    )
+
+
+def _selected(
+    scores: NeuronScores, top_fraction: float, layers: int | Sequence[int] | None, *, call: str
+) -> Bool[np.ndarray, "layer neuron"]:
+    """The neurons with the largest abs(rho) over all layers, as far as they are in these."""
+    n_layers = scores.rho.shape[0]
+    chosen = np.arange(n_layers) if layers is None else np.atleast_1d(np.asarray(layers))
+    if (chosen >= n_layers).any():
+        raise SettingsError(
+            f"{call}(layers=...)",
+            expected=f"layers of the scores, 0 to {n_layers - 1}",
+            received=repr(layers),
+            fix="Change layers.",
+        )
+    strength = np.abs(scores.rho).ravel()
+    selected = np.zeros(strength.size, dtype=bool)
+    selected[np.argsort(-strength, kind="stable")[: max(1, round(top_fraction * strength.size))]] = True
+    return selected.reshape(scores.rho.shape) & np.isin(np.arange(n_layers), chosen)[:, None]
+
+
 def steering_hooks(
     model: LensModel,
     steerings: Sequence[Steering],
@@ -187,41 +291,10 @@ def steering_hooks(
         SiteError: The model lacks the site, or has another shape there than the scores; or (when it is run) the site
             has no row for each position.
     """
-    first, n = steerings[0], len(steerings)
-
-    def hook_of(name: str, change: Change) -> Callable[..., Tensor]:
-        def steer(activation: Tensor, hook: Any) -> Tensor:
-            here = at()
-            if here is None:
-                return activation
-            if activation.ndim < 3 or activation.shape[1] != here.length:
-                raise SiteError(
-                    f"steering site {name!r}",
-                    expected=f"activations of the {here.length} positions that are run, [batch, pos, ...]",
-                    received=f"{list(activation.shape)}",
-                    fix="Steer the residual stream, the MLP or the heads' values: this one holds cached positions too.",
-                )
-            n_prompts = _rows_of_a_block(activation, n, first, pairs)
-            if isinstance(here.chosen, slice):
-                row = torch.arange(len(activation), device=activation.device)
-                part = activation[:, here.chosen]
-                row = row.repeat_interleave(part.shape[1])
-                place: Any = (slice(None), here.chosen)
-            else:
-                place = here.chosen.to(activation.device).nonzero(as_tuple=True)
-                part, row = activation[place][:, None], place[0]
-            flat = part.flatten(2).flatten(0, 1)  # heads into the neuron axis, positions into rows
-            changed = change(flat, row // n_prompts, row % n_prompts).to(part.dtype).view_as(part)
-            if changed.shape == activation.shape:
-                return changed
-            new = activation.clone()
-            new[place] = changed if isinstance(here.chosen, slice) else changed[:, 0]
-            return new
-
-        return steer
-
+    source = steerings[0].source
+    n_sources = None if source is None else len(source.memorized if pairs is None else pairs)
     changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
-    return [(name, hook_of(name, change)) for name, change in changes.items()]
+    return change_hooks(changes, at=at, n_copies=len(steerings), n_sources=n_sources)
 
 
 def steering_changes(
@@ -249,14 +322,21 @@ def steering_changes(
     sign = 1.0 if toward == "memorization" else -1.0
 
     def change_of(layer: int) -> Change:
-        if first.source is None:
+        if first.rules is not None:
+            rules = [s.rules for s in steerings if s.rules is not None]
+            change = rule_change(
+                [rule.towards[toward][layer] for rule in rules],
+                np.stack([rule.gain[layer] for rule in rules]),
+                np.stack([rule.taken_from[layer] for rule in rules]),
+            )
+        elif first.source is None:
             shifts = np.stack([sign * s.shift[layer] for s in steerings])
-            change = _shift(torch.as_tensor(shifts, dtype=torch.float32))
+            change = shift_change(torch.as_tensor(shifts, dtype=torch.float32))
         else:
             side = first.source.generalized if toward == "generalization" else first.source.memorized
-            rows = side[np.arange(len(side)) if pairs is None else _known_pairs(pairs, len(side)), layer]
+            rows = side[np.arange(len(side)) if pairs is None else known_pairs(pairs, len(side)), layer]
             masks = np.stack([s.selected[layer] for s in steerings])
-            change = _patch(torch.as_tensor(rows), torch.as_tensor(masks))
+            change = patch_change(torch.as_tensor(rows), torch.as_tensor(masks))
 
         def checked(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
             if h.shape[1] != first.selected.shape[1]:
@@ -267,64 +347,6 @@ def steering_changes(
 
     changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
     return {hooks[layer]: change_of(layer) for layer in changed.tolist()}
-
-
-def _known_pairs(pairs: Any, n: int) -> np.ndarray:
-    """Indices of source pairs, each of which is there."""
-    index = np.asarray(pairs)
-    unknown = index[(index < 0) | (index >= n)]
-    if len(unknown):
-        raise PairsError(
-            "Steering.applied(pairs=...)",
-            expected=f"indices of source pairs, 0 to {n - 1}",
-            received=str(unknown[0]),
-            fix="Name the source pair of each prompt by its place in the recorded pairs.",
-        )
-    return index
-
-
-def _shift(shifts: Float[Tensor, "copy neuron"]) -> Change:
-    """Add each copy's shift; on the device of what is changed, which of a model spread over several is the layer's."""
-
-    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
-        nonlocal shifts
-        shifts = shifts.to(h.device)
-        return h + (shifts[0] if len(shifts) == 1 else shifts.index_select(0, copy))
-
-    return change
-
-
-def _patch(rows: Float[Tensor, "prompt neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
-    """Put the source rows' values in where a copy's mask is true."""
-
-    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
-        nonlocal rows, masks
-        rows, masks = rows.to(h.device), masks.to(h.device)
-        return torch.where(masks[copy], rows[prompt].to(h.dtype), h)
-
-    return change
-
-
-def _rows_of_a_block(part: Tensor, n: int, steering: Steering, pairs: Any) -> int:
-    """How many prompts each of ``n`` equal blocks of a batch holds."""
-    if len(part) % n:
-        raise ModelError(
-            "steering",
-            expected=f"a batch in {n} equal blocks",
-            received=f"{len(part)} rows",
-            fix="Repeat the prompts.",
-        )
-    n_prompts = len(part) // n
-    if steering.source is not None:
-        n_sources = len(steering.source.memorized) if pairs is None else len(pairs)
-        if n_prompts != n_sources:
-            raise PairsError(
-                "Steering.applied(mode='patch')",
-                expected=f"a batch of {n_sources} prompts, one for each source pair",
-                received=f"{n_prompts}",
-                fix="Name the source pair of each prompt: applied(model, toward=..., pairs=[...]).",
-            )
-    return n_prompts
 
 
 def _wrong_shape(site: str, expected: str, received: str) -> SiteError:

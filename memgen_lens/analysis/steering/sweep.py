@@ -3,20 +3,23 @@
 Does not touch the test pairs.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, SiteFits
+from memgen_lens.analysis.steering.steering import Steering, by_rules
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
+from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, SweepRow
-from memgen_lens.core.types import Behavior, Direction, LensModel, Positions
+from memgen_lens.core.types import Behavior, Direction, LensModel, Mode, Positions
 from memgen_lens.models.guard import lens_model
 
 
@@ -29,8 +32,10 @@ from memgen_lens.models.guard import lens_model
     alphas=kinds.Positives,
     layers=kinds.several(kinds.Layers | None),
     positions=kinds.PositionsNames,
-    mode=kinds.ModeName,
+    mode=kinds.AnyModeName,
     source=kinds.one(Activations) | None,
+    sizes=kinds.several(kinds.Count) | None,
+    seed=kinds.Seed,
     split=kinds.PairSplitName,
     batch_size=kinds.Count,
     use_cache=kinds.Flag,
@@ -46,8 +51,10 @@ def sweep_steering(
     alphas: Sequence[float] = (2.0,),
     layers: Sequence[Sequence[int] | None] = (None,),
     positions: Sequence[Positions] = ("answer",),
-    mode: Literal["shift", "patch"] = "shift",
+    mode: Mode = "shift",
     source: Activations | None = None,
+    sizes: Sequence[int] | None = None,
+    seed: int = 0,
     split: PairSplit = "tune",
     batch_size: int = 2048,
     use_cache: bool = True,
@@ -63,32 +70,32 @@ def sweep_steering(
         pairs: Prompt pairs.
         scores: Scores of one site or of several.
         top_fractions: Fractions of a site's neurons, each in (0, 1].
-        alphas: Multiples of abs(nmd), each above 0; not used in patch mode.
-        layers: Layer restrictions to try; None = all layers.
+        alphas: Multiples of abs(nmd), or of what a fitted rule says, each above 0; not used in patch mode.
+        layers: Layer restrictions to try; None = all layers (of a fitted rule: the one layer that it chooses).
         positions: Positions to try; patch mode has ``"prompt"`` only.
-        mode: ``"shift"`` or ``"patch"``.
-        source: Recorded activations; patch mode needs them.
+        mode: ``"shift"``, ``"patch"``, ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
+        source: Recorded activations; all modes but ``"shift"`` need them.
+        sizes: Numbers of clusters or ranks to try of a fitted rule. Default: that of `Steering.from_activations`.
+        seed: Seed of k-means.
         split: Pairs to sweep on.
         batch_size: Rows in one forward pass.
         use_cache: Keep keys and values while generating.
         progress: Show progress bars, should it take longer than two seconds.
 
     Returns:
-        One row a setting, in the order of scores, positions, layers, fractions, alphas.
+        One row a setting, in the order of scores, sizes, positions, layers, fractions, alphas.
 
     Raises:
         PairsError: The split holds fewer than 8 pairs.
-        SettingsError: A value is out of range, or a list is empty.
+        SettingsError: A value is out of range, a list is empty, or the mode and the other arguments are at odds.
+        SiteError: ``source`` lacks a site.
     """
     sites = [scores] if isinstance(scores, NeuronScores) else scores
     if mode == "patch":
         alphas, positions = (1.0,), ("prompt",)
     combinations = [
-        (
-            Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=chosen, positions=position),
-            None if chosen is None else tuple(chosen),
-        )
-        for score in sites
+        (of(fraction, alpha, chosen, position), None if chosen is None else tuple(chosen))
+        for of in _makers(sites, mode, source, sizes, seed)
         for position in positions
         for chosen in layers
         for fraction in top_fractions
@@ -140,6 +147,54 @@ def sweep_steering(
         )
         for i, (steering, chosen) in enumerate(combinations)
     )
+
+
+_Make = Callable[[float, float, Sequence[int] | None, Positions], Steering]
+"""From fraction, alpha, layers and positions."""
+
+
+def _makers(
+    sites: Sequence[NeuronScores], mode: Mode, source: Activations | None, sizes: Sequence[int] | None, seed: int
+) -> Iterator[_Make]:
+    """What makes the steerings of each site and size; a rule is fitted once for all of them."""
+    if mode == "shift" or mode == "patch":
+        for score in sites:
+            yield partial(_plain, score, mode, source)
+        return
+    if source is None:
+        raise SettingsError(
+            "sweep_steering",
+            expected=f"source=record(...) with mode={mode!r}",
+            received="source=None",
+            fix="A rule is fitted on recorded activations.",
+        )
+    for score in sites:
+        for size in sizes or (DEFAULT_SIZE[mode],):
+            fits = SiteFits(source, score.site, kind=mode, size=size, seed=seed, call="sweep_steering")
+            yield partial(_fitted, score, fits)
+
+
+def _plain(
+    score: NeuronScores,
+    mode: Mode,
+    source: Activations | None,
+    fraction: float,
+    alpha: float,
+    layers: Sequence[int] | None,
+    positions: Positions,
+) -> Steering:
+    return Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=layers, positions=positions)
+
+
+def _fitted(
+    score: NeuronScores,
+    fits: SiteFits,
+    fraction: float,
+    alpha: float,
+    layers: Sequence[int] | None,
+    positions: Positions,
+) -> Steering:
+    return by_rules(fits, score, fraction, alpha, layers=layers, positions=positions, call="sweep_steering")
 
 
 @arguments(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.evaluation import control_draws
+from memgen_lens.analysis.steering.controls import control_draws
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.items import same_items

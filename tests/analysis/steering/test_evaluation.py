@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 import memgen_lens as mg
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.evaluation import CONTROLS, control_draws
+from memgen_lens.analysis.steering.controls import CONTROLS, control_draws
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
