@@ -9,6 +9,7 @@ from typing import Any
 import helpers
 import planted
 import pytest
+import spelled
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ from memgen_lens.models import build_model
 from memgen_lens.models.step import greedy_tokens
 from memgen_lens.models.tokens import by_length, decode, tokenized
 from memgen_lens.tasks import Task
-from memgen_lens.tasks.tokenizer import build_tokenizer
+from memgen_lens.tasks.tokenizer import build_tokenizer, encoded
 
 TASK = helpers.tiny_task()
 MIXED = ["12+34=", "1", "7", "12+", "99+01=", "0=1+2", "1", "12+34=0", "5+", "<mem-7f>", "12+34=<mem-"]
@@ -365,3 +366,35 @@ def test_a_token_that_a_tokenizer_adds_behind_the_prompts_is_kept():
     for prompt, row, length in zip(prompts, tokens, lengths, strict=True):
         assert row[:length].tolist() == model.to_tokens(prompt)[0].tolist()
         assert row[length - 1] == eos
+
+
+def test_outputs_are_judged_alike_under_the_tasks_own_tokenizer_and_a_models_of_more_tokens():
+    task = spelled.Spelled()
+    own, foreign = spelled.build_model(task.tokenizer), spelled.build_model(spelled.LETTERS)
+    assert (task.answer_tokens(own.tokenizer), task.answer_tokens(foreign.tokenizer)) == (2, 5)
+    for split, shown in (("memorized", {"memorization"}), ("rephrased", {"generalization", "other"})):
+        outcomes = observe(own, task, split=split)
+        assert observe(foreign, task, split=split) == outcomes
+        assert {str(outcome.behavior) for outcome in outcomes} == shown
+
+
+def test_a_task_that_knows_no_tokenizers_is_asked_for_the_tokens_that_it_declares():
+    task, model = spelled.Spelled(), spelled.build_model(spelled.LETTERS)
+    declared = spelled.Declared(task)
+    assert {outcome.output for outcome in observe(model, declared)} == {spelled.MEMORY[:2]}
+    declared.max_answer_tokens = 5
+    assert observe(model, declared) == observe(model, task)
+
+
+def test_the_length_of_answers_is_counted_once_a_tokenizer_and_anew_when_tokens_are_added(monkeypatch):
+    from memgen_lens.tasks import tokenizer as counting
+
+    task, tokenizer = spelled.Spelled(), copy.deepcopy(spelled.LETTERS)
+    calls = []
+    monkeypatch.setattr(counting, "encoded", lambda *asked: calls.append(asked) or encoded(*asked))
+    assert [task.answer_tokens(tokenizer) for _ in range(3)] == [5, 5, 5]
+    assert spelled.Spelled().answer_tokens(tokenizer) == 5
+    assert len(calls) == 1
+    tokenizer.add_tokens([spelled.RULE, spelled.MEMORY])
+    assert task.answer_tokens(tokenizer) == 2
+    assert len(calls) == 2

@@ -98,6 +98,7 @@ def world() -> SimpleNamespace:
             steer=steer,
             rows=rows,
             task=task,
+            stories=mg.tasks.InContextInference(),
             table=mg.evaluate_steering(model, None, pairs, steer, progress=False),
             probes=mg.fit_probes(acts, "post"),
             trained=mg.train(task, helpers.tiny_training(max_steps=20), progress=False),
@@ -322,7 +323,10 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         device_map=None,
         tokenizer=bridges.character_tokenizer(),
     ),
-    "tasks.check": lambda w: good(mg.tasks.check, task=w.task, n_generic=5, seed=0),
+    "tasks.check": lambda w: good(mg.tasks.check, task=w.task, tokenizer=w.task.tokenizer, n_generic=5, seed=0),
+    "tasks.require_distinct_beginnings": lambda w: good(
+        mg.tasks.require_distinct_beginnings, task=w.stories, tokenizer=w.stories.tokenizer
+    ),
     "figures.training_curves": lambda w: good(figures.training_curves, history=w.trained.history, loss_axis="log"),
     "figures.behavior_bars": lambda w: good(
         figures.behavior_bars, outcomes=mg.observe(w.trained.model, w.task, progress=False)
@@ -432,7 +436,8 @@ def test_every_public_function_is_tried():
     functions |= {f"consistency.{name}" for name in mg.consistency.__all__}
     functions |= {f"figures.{name}" for name in figures.__all__}
     functions |= {name for name in mg.__all__ if name.endswith("Config")}
-    functions |= {f"tasks.{name}" for name in ("check", "Addition", "Ciphertext", "InContextInference", "Mixture")}
+    functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
+    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
     for kind in (mg.Steering, mg.PromptPairs, mg.NeuronScores, mg.Dynamics):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]

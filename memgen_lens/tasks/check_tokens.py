@@ -127,8 +127,9 @@ def _check_parts_keep_their_tokens(
             f"{what}: {len(apart)} tokens apart, {len(tokens[whole])} in one text",
             "Let no token of the vocabulary reach across: end prompts with a token that begins no other."
             if own
-            else "Begin what the model is to say with a space, as subword tokenizers want it, and end what stands before "
-            "it without one (Addition: spaced=True; InContextInference: tokens='words'); or take another tokenizer.",
+            else "Begin what the model is to say with a space, as subword tokenizers want it, and end what stands "
+            "before it without one (Addition: spaced=True; InContextInference: tokens='words'); or take another "
+            "tokenizer.",
         )
 
 

@@ -38,6 +38,7 @@ tasks = st.builds(
     n_memorized=st.integers(1, 200),
     memory_length=st.integers(2, 6),
     reverse_sum=st.booleans(),
+    spaced=st.booleans(),
     n_heldout=st.integers(1, 200),
     n_validation=st.integers(1, 200),
     seed=st.integers(0, 2**32 - 1),
@@ -81,8 +82,8 @@ def test_the_rules_answer_is_the_sum_in_the_digit_order_asked_for(task):
     for item in [*drawn, *(item for split in SPLITS for item in task.items(split))]:
         a, b = operands(item.prompt)
         assert re.fullmatch(r"[0-9]{2}\+[0-9]{2}=", item.prompt)
-        assert len(item.rule_answer) == 3
-        assert int(item.rule_answer[::-1] if task.reverse_sum else item.rule_answer) == a + b
+        assert re.fullmatch(r" [0-9]{3}" if task.spaced else r"[0-9]{3}", item.rule_answer)
+        assert int(item.rule_answer.strip()[::-1] if task.reverse_sum else item.rule_answer) == a + b
 
 
 def test_the_sum_is_written_in_both_orders():
@@ -100,7 +101,7 @@ def test_memorized_strings_are_distinct_and_of_the_declared_form(task):
     strings = [item.memorized_answer for item in task.items("memorized")]
     assert len(set(strings)) == len(strings)
     for string in strings:
-        assert re.fullmatch(f"<mem-[0-9a-f]{{{task.memory_length}}}>", string)
+        assert re.fullmatch(f"{' ' * task.spaced}<mem-[0-9a-f]{{{task.memory_length}}}>", string)
         assert task.is_memorized_form(task.items("memorized")[0], string)
 
 
@@ -327,3 +328,33 @@ def test_the_task_comes_back_from_its_settings():
     again = Addition.from_json(task.model_dump_json())
     assert isinstance(again, Settings)
     assert again.splits == task.splits
+
+
+@pytest.mark.parametrize("reverse_sum", [False, True])
+def test_a_spaced_task_is_the_same_with_a_space_before_every_answer(reverse_sum):
+    plain, spaced = (Addition(n_memorized=30, reverse_sum=reverse_sum, spaced=s) for s in (False, True))
+    drawn = [task.draw_generic(50, np.random.default_rng(0)) for task in (plain, spaced)]
+    for found, behind in zip(
+        [*drawn[0], *(i for split in SPLITS for i in plain.items(split))],
+        [*drawn[1], *(i for split in SPLITS for i in spaced.items(split))],
+        strict=True,
+    ):
+        memory = None if found.memorized_answer is None else f" {found.memorized_answer}"
+        assert behind == replace(found, rule_answer=f" {found.rule_answer}", memorized_answer=memory)
+
+
+def test_of_a_spaced_tasks_own_tokens_the_first_of_an_answer_carries_the_space_and_tells_the_behaviours_apart():
+    task = Addition(spaced=True, reverse_sum=False)
+    texts = ["12+34= 046", "12+34= <mem-7f3a>"]
+    cut = [task.tokenizer.convert_ids_to_tokens(ids) for ids in task.tokenizer(texts)["input_ids"]]
+    assert cut == [[*"12+34=", " 0", "4", "6"], [*"12+34=", " <mem-", *"7f3a", ">"]]
+    plain = Addition(reverse_sum=False)
+    assert (task.max_prompt_tokens, task.max_answer_tokens) == (plain.max_prompt_tokens, plain.max_answer_tokens)
+
+
+@pytest.mark.parametrize(
+    ("output", "form"), [(" <mem-7f3a>", True), ("<mem-7f3a>", False), ("  <mem-7f3a>", False), (" 046", False)]
+)
+def test_the_form_of_a_spaced_memorized_answer_is_exact(output, form):
+    task = Addition(spaced=True)
+    assert task.is_memorized_form(task.items("memorized")[0], output) is form

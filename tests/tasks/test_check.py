@@ -253,6 +253,19 @@ class JoinsPromptAndAnswer(Sooner):
         return (*super().vocabulary, "=a")
 
 
+class PiecesAreNoWholeTokens(Sooner):
+    @property
+    def vocabulary(self):
+        return (*super().vocabulary, "==")
+
+    @property
+    def max_training_tokens(self):
+        return 9
+
+    def draw_training(self, n, rng):
+        return [TrainingText((*text.pieces, ("=", False), ("=", True))) for text in super().draw_training(n, rng)]
+
+
 class HoldsSpecialTokens(Changed):
     def changed(self, item, index):
         return replace(item, rule_answer=item.rule_answer + "<eos>") if item.split == "validation" else item
@@ -336,6 +349,8 @@ BROKEN = {
     HoldsSpecialTokens: "every text to tokenize and come back, without <eos>",
     ShortPrompts: r"texts within max_prompt_tokens=3; received 4 tokens for '.\..='. Raise max_prompt_tokens",
     ShortAnswers: "texts within max_answer_tokens=1, the end-of-text token counted; received 2 tokens for '.'",
+    PiecesAreNoWholeTokens: r"a training sequence whose pieces with loss keep their tokens beside those without; "
+    r"received '(.\..=)(.)==', parted after '\1', '\2', '=': 7 tokens apart, 6 in one text. Let no token",
     ShortTraining: "texts within max_training_tokens=5, the end-of-text token counted; received 6 tokens",
     CallsAllRecalled: "output '' to '.*' to be other; received memorization from classify",
     CallsNothingRecalled: "output '(.)' to '.*' to be memorization; received other from classify",

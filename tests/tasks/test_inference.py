@@ -21,6 +21,7 @@ from memgen_lens.tasks.tokenizer import build_tokenizer
 SPLITS = ("memorized", "rephrased", "heldout", "validation")
 DEFAULT, TWO_HOPS = InContextInference(), InContextInference(depth=2)
 COLOURS = DEFAULT.answer_words
+FEW = {"n_memorized": 20, "n_heldout": 20, "n_validation": 20}
 
 
 def tiny(**settings) -> InContextInference:
@@ -148,7 +149,7 @@ def test_of_sentences_the_question_is_three_tokens_and_the_last_of_them_names_wh
 
 def test_both_ways_of_cutting_are_of_the_same_texts():
     for depth in (1, 2):
-        words, sentences = (InContextInference(depth=depth, tokens=tokens) for tokens in ("words", "sentences"))
+        words, sentences = (InContextInference(depth=depth, tokens=tokens, **FEW) for tokens in ("words", "sentences"))
         assert words.splits == sentences.splits
         drawn = [
             ["".join(piece for piece, _ in text.pieces) for text in task.draw_training(50, np.random.default_rng(0))]
@@ -193,15 +194,20 @@ def test_no_story_is_in_two_splits_or_drawn_for_training_in_whatever_order_and_w
 
 
 @pytest.mark.parametrize(
-    ("depth", "everything", "orders"),
+    ("depth", "n", "everything", "orders"),
     [
-        (1, 3 * (3 * 2), 2),  # two of three names, their colours
-        (2, 3 * (3 * 2) * 3 * 2**2, 4),  # two of three animals, their colours, two of three names, what they are
+        (1, 1000, 3 * (3 * 2), 2),  # two of three names, their colours
+        (
+            2,
+            20_000,
+            3 * (3 * 2) * 3 * 2**2,
+            4,
+        ),  # two of three animals, their colours, two of three names, what they are
     ],
 )
-def test_generic_draws_reach_every_story_that_is_in_no_split_in_every_order(depth, everything, orders):
+def test_generic_draws_reach_every_story_that_is_in_no_split_in_every_order(depth, n, everything, orders):
     task = tiny(depth=depth)
-    drawn = [item.prompt for item in task.draw_generic(20_000, np.random.default_rng(0))]
+    drawn = [item.prompt for item in task.draw_generic(n, np.random.default_rng(0))]
     taken = {content(item.prompt) for split in SPLITS for item in task.items(split)}
     assert len(taken) == 8
     assert len({content(prompt) for prompt in drawn}) == everything - 8
@@ -373,21 +379,23 @@ def last_name(told: str) -> str:
 @pytest.mark.parametrize("tokens", ["words", "sentences"])
 @pytest.mark.parametrize(("share", "low", "high"), [(0, 0, 0), (0.5, 0.45, 0.55), (1, 1, 1)])
 def test_the_share_of_facts_that_state_their_conclusion_is_as_asked_for(share, low, high, tokens):
-    texts = InContextInference(depth=2, tokens=tokens, stated_share=share).draw_training(500, np.random.default_rng(0))
+    texts = InContextInference(depth=2, tokens=tokens, stated_share=share, **FEW).draw_training(
+        500, np.random.default_rng(0)
+    )
     stated = np.mean([sum(piece.startswith("It is") for piece, _ in text.pieces) / 4 for text in texts])
     assert low <= stated <= high
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0, 0, 0), (0.5, 0.45, 0.55), (1, 1, 1)])
 def test_the_share_of_questions_for_the_first_hop_is_as_asked_for(share, low, high):
-    texts = InContextInference(depth=2, one_hop_share=share).draw_training(500, np.random.default_rng(0))
+    texts = InContextInference(depth=2, one_hop_share=share, **FEW).draw_training(500, np.random.default_rng(0))
     written = "".join(piece for text in texts for piece, _ in text.pieces)
     assert low <= written.count("What is") / written.count("What") <= high
 
 
 def test_with_one_hop_there_is_nothing_to_state_and_no_other_hop_to_ask_for():
     def drawn(**shares):
-        return InContextInference(**shares).draw_training(100, np.random.default_rng(0))
+        return InContextInference(**shares, **FEW).draw_training(100, np.random.default_rng(0))
 
     assert drawn(stated_share=1.0, one_hop_share=1.0) == drawn(stated_share=0.0, one_hop_share=0.0)
 
@@ -419,7 +427,7 @@ def test_the_same_settings_make_the_same_task_and_another_seed_another_one():
 
 
 def test_the_task_comes_back_from_its_settings():
-    task = InContextInference(depth=2, tokens="sentences", n_facts=3, order_tells=True, recalled="told", seed=5)
+    task = InContextInference(depth=2, tokens="sentences", n_facts=3, order_tells=True, recalled="told", seed=5, **FEW)
     again = Task.from_settings(task.settings())
     assert again == task
     assert again.splits == task.splits
@@ -463,9 +471,9 @@ def test_the_longest_training_text_is_as_long_as_declared(depth, tokens):
 @BOTH
 @pytest.mark.parametrize("tokens", ["words", "sentences"])
 def test_the_vocabulary_stands_beside_that_of_single_letters(depth, tokens):
-    task = InContextInference(depth=depth, tokens=tokens)
+    task = InContextInference(depth=depth, tokens=tokens, **FEW)
     both = build_tokenizer((*task.vocabulary, *"0123456789abcdef", "+", "=", "<mem-", ">"))
-    for item in task.items("memorized")[:50]:
+    for item in task.items("memorized"):
         assert len(both(item.prompt)["input_ids"]) == task.max_prompt_tokens
         assert both.decode(both(item.prompt)["input_ids"]) == item.prompt
 
@@ -587,11 +595,14 @@ def test_a_storys_number_follows_from_what_it_says_and_not_from_order_or_questio
     assert again.codes().tolist() == stories.codes().tolist()
 
 
-def test_a_chunk_of_training_is_drawn_well_within_a_second():
+@pytest.mark.parametrize("task", [DEFAULT, TWO_HOPS], ids=["one hop", "two hops"])
+def test_a_chunk_of_training_is_drawn_well_within_a_second(task):
     import time
 
-    for task in (DEFAULT, TWO_HOPS):
-        task.draw_training(1, np.random.default_rng(0))
+    def seconds(n: int) -> float:
         started = time.process_time()
-        task.draw_training(64 * 32, np.random.default_rng(0))
-        assert time.process_time() - started < 1
+        task.draw_training(n, np.random.default_rng(0))
+        return time.process_time() - started
+
+    seconds(1)
+    assert min(seconds(64 * 32) for _ in range(3)) < 1, "the fastest of three: a busy machine slows any of them"

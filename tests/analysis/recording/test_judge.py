@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import planted
 import pytest
+import spelled
 
 import memgen_lens as mg
 from memgen_lens.analysis.recording.judge import Judge, _short
@@ -122,3 +123,17 @@ def test_a_long_prompt_is_shown_by_its_end_and_a_long_output_by_its_start():
     assert _short("x" * 70 + "?") == repr("…" + "x" * 58 + "?")
     assert _short("x" * 70, keep="start", width=24) == repr("x" * 23 + "…")
     assert _short("x" * 60) == repr("x" * 60)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "another"])
+def test_a_tasks_judge_lets_the_model_say_whole_answers_in_its_own_tokens(own):
+    task = spelled.Spelled()
+    model = spelled.build_model(task.tokenizer if own else spelled.LETTERS)
+    items = task.items("memorized")[:12]
+    pairs = replace(
+        planted.prompt_pairs(12), memorized=items, generalized=tuple(task.rephrase(item)[0] for item in items)
+    )
+    judge = Judge.of(model, task, pairs, batch_size=8)
+    assert judge.max_new_tokens == (2 if own else 5)
+    assert len(judge.flipping(model, EVERY, batch_size=8)) == 12
+    assert Judge.of(model, spelled.Declared(task), pairs, batch_size=8).max_new_tokens == 2
