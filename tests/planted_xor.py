@@ -2,8 +2,8 @@
 
 A prompt is a few fillers with one of four markers among them, then ``=``. Attention carries two numbers of the marker
 to the last position, its value and its group, each 1 or -1; the last MLP turns the answer from ``r`` (the rule's) into
-``m`` (the memorized one) where the two agree. So recalling prompts have value 1 in group 1 and -1 in group -1, computing
-ones the other way round, and over both groups nothing tells them apart on average.
+``m`` (the memorized one) where the two agree. So recalling prompts have value 1 in group 1 and -1 in group -1,
+computing ones the other way round, and over both groups nothing tells them apart on average.
 """
 
 from typing import Any

@@ -121,7 +121,11 @@ def read_run(directory: str | Path) -> RunContents:
         sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
         shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
         patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
-        fitted={kind: _rebuild(path, _table, steering[kind]) for kind in get_args(FittedKind) if kind in steering},
+        fitted={
+            kind: _rebuild(path, _table, steering[kind])
+            for kind in get_args(FittedKind)
+            if not _why(steering.get(kind))
+        },
         halves=_rebuild(beside, SplitHalf.from_json, compared["split_half"]) if compared else None,
         tasks=_rebuild(beside, TaskConsistency.from_json, tasks) if tasks and not why["across_tasks"] else None,
         dynamics=Dynamics.load(directory) if (directory / DYNAMICS).exists() else None,

@@ -227,6 +227,28 @@ def test_a_sweep_with_patch_rows_has_a_column_for_them_and_leaves_gaps_empty(sam
     assert [line[-1] for line in heatmap.z] == [None, 0.75, None, None, None]
 
 
+def test_fitted_rules_have_columns_of_their_own_between_shift_and_patch(samples):
+    shift, *_ = rows = [row for row in samples.sweep_rows() if row.setting.positions == "prompt"]
+    rules = [
+        replace(shift, setting=replace(rows[-1].setting, alpha=1.0, mode=mode, size=size), to_generalization=rate)
+        for mode, size, rate in (("low_rank", 4, 0.6), ("clusters", 8, 0.7), ("clusters", 1, 0.5))
+    ]
+    figure = figures.steering_sweep([*rows, *rules], chosen=rules[1].setting)
+    heatmap = figure.data[0]
+    assert heatmap.x[-4:] == ("1 cluster: 1", "8 clusters: 1", "rank 4: 1", "patch")
+    assert [line[-4:] for line in heatmap.z][1] == [0.5, 0.7, 0.6, 0.75]
+    assert figure.layout.shapes[0].x0 == len(heatmap.x) - 3.5
+    assert "what a rule says" in figure.layout.xaxis3.title.text
+
+
+def test_the_rates_of_a_fitted_rule_name_it(samples):
+    table = samples.steering_table()
+    fitted = replace(table, setting=replace(table.setting, mode="low_rank", size=4))
+    assert figures.steering_rates(fitted).layout.title.text.startswith(
+        "Low-rank: resid_post, top 10 %, alpha 2, rank 4"
+    )
+
+
 def test_without_a_choice_the_sweep_shows_the_best_site_and_frames_nothing(samples):
     rows = samples.sweep_rows()
     figure = figures.steering_sweep(rows)

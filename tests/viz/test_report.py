@@ -206,6 +206,29 @@ def test_a_control_of_one_draw_shows_no_interval(directory):
     assert "62.5\xa0%" in cells
 
 
+def test_fitted_rules_are_reported_where_somebody_measured_them(directory, samples, tmp_path):
+    table = samples.steering_table()
+    control = table.to_generalization.controls["random_neurons"]
+    side = replace(table.to_generalization, controls=table.to_generalization.controls | {"shuffled_items": control})
+    closed = [{"layer": 1, "closed": 0.625, "closed_by_one_shift": 0.125}]
+    fitted = replace(
+        table,
+        setting=replace(table.setting, mode="clusters", size=8),
+        to_generalization=side,
+        predicted={"generalization": closed, "memorization": closed},
+    )
+    copied = tmp_path / "run"
+    shutil.copytree(directory, copied)
+    steering = read_json(copied / "steering.json")
+    write_json(copied / "steering.json", steering | {"clusters": fitted})
+    run = read_run(copied)
+    assert run.fitted == {"clusters": fitted} and read_run(directory).fitted == {}
+    page = Page(without_plotly(run))
+    assert "Rule: 8 clusters" in page.text and "shuffled items" in page.text
+    assert "towards generalization 0.625 (0.125) in layer 1;" in page.text
+    assert "Rule: " not in Page(without_plotly(read_run(directory))).text
+
+
 def test_controls_that_could_not_be_drawn_say_why(page):
     assert page.cells.count("not measured: patched values have no sign to draw") == 2
 
