@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformer_lens.utilities import get_act_name
+from transformers import DynamicCache
 
 import memgen_lens as mg
 from memgen_lens.analysis.steering.generation import steered_outputs
@@ -207,6 +208,31 @@ def test_the_models_own_generate_is_steered_as_by_hand(model, use_past_kv_cache)
     expected = by_hand(model, prompt, steer)
     eos = model.tokenizer.eos_token_id
     assert model.tokenizer.decode(new[: new.index(eos)] if eos in new else new) == expected
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["prompt_length", "found out"])
+@pytest.mark.parametrize("positions", ["answer", "prompt", "all"])
+def test_cached_steps_are_steered_like_the_whole_sequence(model, positions, given):
+    """By the user's own calls of the model, with transformers' own cache."""
+    steer, n_prompt = steering(model, "resid_post", positions), 5
+    tokens = torch.randint(4, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def step_by_step():
+        cache = DynamicCache(config=model.original_model.config)
+        logits, seen = [], 0
+        for part in (tokens[:, :n_prompt], *tokens[:, n_prompt:].split(1, dim=1)):
+            seen += part.shape[1]
+            how = {"attention_mask": torch.ones_like(tokens[:, :seen]), "past_key_values": cache, "use_cache": True}
+            logits.append(model(part, **how)[:, -1])
+            assert cache.get_seq_length() == seen
+        return torch.stack(logits, dim=1)
+
+    with torch.inference_mode():
+        with steer.applied(model, toward="memorization", prompt_length=n_prompt):
+            whole = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)[:, n_prompt - 1 :]
+        with steer.applied(model, toward="memorization", prompt_length=n_prompt if given else None):
+            torch.testing.assert_close(step_by_step(), whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(step_by_step(), whole, atol=1e-2)
 
 
 def test_rows_padded_on_either_side_are_steered_at_their_own_answer_position(model):
