@@ -142,6 +142,7 @@ def _bridge(hf: Any, tokenizer: Any) -> Any:
     # Else TransformerLens reads the tokenizer again under its name, which may be nowhere, to give it a
     # begin-of-text token that the model's own tokenizer does not put there.
     own.init_kwargs["add_bos_token"] = True
+    own.init_kwargs.setdefault("name_or_path", "")  # which one made in memory lacks, and TransformerLens looks up
     how: dict[str, Any] = {} if getattr(hf, "hf_device_map", None) else {"device": str(hf.device)}
     with one_line(type(hf).__name__), quiet(), own_random_state():
         model = TransformerBridge.boot_transformers(
