@@ -111,8 +111,8 @@ def complete(
         max_new_tokens: Tokens generated at most, the end-of-text token counted.
         batch_size: Prompts in one forward pass.
         prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default: what
-            a HookedTransformer's ``cfg.default_prepend_bos`` says, and on a Bridge what the Hugging Face model's own
-            tokenizer does.
+            a HookedTransformer's or native Bridge's ``cfg.default_prepend_bos`` says, and on another Bridge what the
+            Hugging Face model's own tokenizer does.
         use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
         progress: Show a progress bar, should it take longer than two seconds.
         stop: Texts that end a completion: it is cut before the first of them, after it is generated.

@@ -10,8 +10,10 @@ from typing import Any
 import helpers
 import numpy as np
 import torch
+from transformer_lens.utilities import get_act_name
 
 from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.models.sites import LAYER_SITES
 from memgen_lens.tasks.tokenizer import build_tokenizer
 
 N_LAYERS, D_MLP = 2, 64
@@ -107,10 +109,18 @@ def prompt_pairs(n: int = 60, *, answers: bool = True, seed: int = 0, lengths: t
 
 
 def hooks_on(model: Any) -> dict[str, int]:
-    """How many hooks there are on each hook point of a model that has any, TransformerLens' and torch's own."""
+    """How many hooks there are on each hook point of a model that has any, TransformerLens' and torch's own.
+
+    A Bridge has several names for one hook point: it goes by the one that a HookedTransformer has too.
+    """
+    old = {get_act_name(site, layer) for site in LAYER_SITES if site[:2] != "ln" for layer in range(model.cfg.n_layers)}
+    points: dict[int, tuple[str, Any]] = {}
+    for name, point in model.hook_dict.items():
+        if id(point) not in points or name in old:
+            points[id(point)] = name, point
     counts = {
         name: max(len(point.fwd_hooks), len(point._forward_hooks)) + len(point.bwd_hooks)
-        for name, point in model.hook_dict.items()
+        for name, point in points.values()
     }
     return {name: count for name, count in counts.items() if count}
 

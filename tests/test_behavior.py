@@ -1,6 +1,5 @@
 """Greedy completion in batches gives each prompt what it would get alone; bad input is refused."""
 
-import copy
 import inspect
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -297,7 +296,6 @@ def test_a_model_without_a_tokenizer_is_refused_with_how_to_give_it_one():
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused():
     model = untrained()
-    model.tokenizer = copy.deepcopy(model.tokenizer)
     model.tokenizer.eos_token = None
     with pytest.raises(ModelError, match="received a tokenizer without eos_token"):
         complete(model, ["12"], max_new_tokens=1)

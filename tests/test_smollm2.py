@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import memgen_lens as mg
+from memgen_lens.models.tokens import tokenized
 
 ROOT = Path(__file__).parent.parent
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,6 +78,31 @@ def test_recorded_numbers_are_those_of_hooks_on_transformers_own_modules(plain, 
             for site, layers in kept.items():
                 found, expected = getattr(acts.site(site), side)[place], np.stack(layers)
                 assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), site
+
+
+def test_chats_are_the_tokens_that_transformers_makes_of_them(plain, model):
+    """By the model's own template, with its own system message, and no begin token twice."""
+    tokenizer = plain[1]
+    question = {"role": "user", "content": "What is the capital of France?"}
+    chats = [
+        [question],
+        [{"role": "system", "content": "Answer in one word."}, question],
+        [question, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of\nItaly?"}],
+        [question, {"role": "assistant", "content": "The capital is"}],
+    ]
+    pairs = mg.PromptPairs.from_chats(chats, chats, tokenizer=model)
+    prompts = [item.prompt for item in pairs.memorized]
+    assert prompts[0].startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    for prepend_bos in (None, True):
+        tokens, lengths = tokenized(model, prompts, prepend_bos=prepend_bos)
+        for chat, row, length in zip(chats, tokens, lengths, strict=True):
+            begun = chat[-1]["role"] == "assistant"
+            how = {"add_generation_prompt": not begun, "continue_final_message": begun, "return_dict": False}
+            ids = tokenizer.apply_chat_template(chat, tokenize=True, **how)
+            assert row[:length].tolist() == ids and ids[0] == tokenizer.bos_token_id != ids[1]
+    answers = mg.complete(model, prompts, max_new_tokens=8, progress=False)
+    assert answers == [mg.complete(model, [prompt], max_new_tokens=8, progress=False)[0] for prompt in prompts]
+    assert "Paris" in answers[0] and "Paris" in answers[3]
 
 
 def capitals() -> dict[str, list]:

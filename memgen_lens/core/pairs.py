@@ -106,8 +106,8 @@ class PromptPairs:
                 each pair its own. Pairs that share a prompt on either side are of one item whatever is said here: else
                 what is chosen on one of them would be tested on the other.
             prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default:
-                a HookedTransformer's ``cfg.default_prepend_bos``; on a Bridge, what the Hugging Face model's own
-                tokenizer does.
+                a HookedTransformer's or native Bridge's ``cfg.default_prepend_bos``; on another Bridge, what the
+                Hugging Face model's own tokenizer does.
             shares: Shares of items in ``select`` and ``tune``; the rest is ``test``.
             seed: Seed of the split.
             match: When an output gives an answer. ``"prefix"``: white space at the ends stripped, it begins with the

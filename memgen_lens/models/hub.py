@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from memgen_lens.core.errors import ModelError
 from memgen_lens.core.quiet import quiet_imports
@@ -48,9 +49,16 @@ def read(
     from transformers import AutoModelForCausalLM
 
     with one_line(source), quiet(), own_random_state():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device_map, attn_implementation="eager", output_loading_info=True, **how
-        )
+        place = {"dtype": dtype, "device_map": device_map, "attn_implementation": "eager"}
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **place, **how)
+        except SafetensorError as error:
+            raise ModelError(
+                CALL,
+                expected="whole safetensors files",
+                received=f"{_damaged(name)!r} ({line_of(error)})",
+                fix="Fetch the file again, or save the model anew.",
+            ) from None
     hf, report = loaded
     if report["missing_keys"]:
         raise ModelError(
@@ -148,6 +156,17 @@ def _hub_answers() -> bool:
     except Exception:  # whatever keeps the client from an answer, the cache is what there is
         return False
     return True
+
+
+def _damaged(name: str) -> str:
+    """The file of a directory that safetensors cannot open, which its errors do not name; else what was asked for."""
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return name
 
 
 @contextmanager

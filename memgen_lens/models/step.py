@@ -117,6 +117,9 @@ def greedy_tokens(
         logits = forward(model, sequence[:, new_from:], mask[:, new_from:], past)
         if past is not None and not past.is_whole:
             past = None  # the model does not keep what it was told to: run everything again from now on
+            if new_from > 0:  # and what had been kept may not have been read
+                before(step, slice(0, sequence.shape[1]))
+                logits = forward(model, sequence, mask)
         new = logits.argmax(-1).masked_fill(ended, eos)
         ended |= new == eos
         sequence = torch.cat([sequence, new[:, None]], dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memgen_lens.core.errors import ModelError
 from memgen_lens.core.types import LensModel
-from memgen_lens.fast.support import is_hooked_transformer
+from memgen_lens.fast.support import is_hooked_transformer, is_native_bridge
 
 LONGEST = 1.25
 """How much longer than the shortest the longest prompt of a padded batch may be (and two tokens)."""
@@ -153,8 +153,8 @@ def tokenized(
         model: A lens model.
         prompts: At least one prompt.
         prepend_bos: Whether a begin-of-text token is put before each prompt that does not begin with it. Default: a
-            HookedTransformer's ``cfg.default_prepend_bos``; on a Bridge, what the Hugging Face model's own tokenizer
-            does (TransformerLens gives it one that always does).
+            HookedTransformer's or native Bridge's ``cfg.default_prepend_bos``; on another Bridge, what the Hugging Face
+            model's own tokenizer does (TransformerLens gives it one that always does).
     """
     call = "tokenizing prompts"
     tokenizer = model.tokenizer
@@ -199,18 +199,23 @@ def tokenized(
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its tokens: of one that is spread over several devices, where its embedding is."""
+    """Where a model takes its tokens: of one that is spread over several devices, where its embedding is.
+
+    Weights without numbers (``meta``) are nowhere: then, where the config says.
+    """
     if is_hooked_transformer(model):
         return torch.device(model.cfg.device)
     inner = getattr(model, "original_model", model)
     weights = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner
     first = next(iter(weights.parameters()), None)
-    return torch.device("cpu") if first is None else first.device
+    if first is None:
+        return torch.device("cpu")
+    return torch.device(model.cfg.device or "cpu") if first.device.type == "meta" else first.device
 
 
 def _beginning(model: LensModel, prompt: str, ids: list[int], prepend_bos: bool | None) -> list[int] | None:
     """Tokens that are put before every prompt; None where something is put behind them too."""
-    if is_hooked_transformer(model):
+    if is_hooked_transformer(model) or is_native_bridge(model):
         own = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
         tokens = model.to_tokens(prompt, truncate=False, **own)[0].tolist()
         n_before = len(tokens) - len(ids)

@@ -1,12 +1,17 @@
 """Analysis on Bridges, on either version of TransformerLens, against plain transformers and loops written by hand."""
 
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import bridges
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from transformer_lens.utilities import get_act_name
+from transformers import DynamicCache
 
 import memgen_lens as mg
 from memgen_lens.analysis.steering.generation import steered_outputs
@@ -18,6 +23,7 @@ from memgen_lens.models.cache import Past
 from memgen_lens.models.guard import require_lens_model
 from memgen_lens.models.tokens import tokenized
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["ab", "1+2=", "q<eos>z", "12+34=", "abcdefghi", "7"]
 NEW = 3
 INSIDE = {
@@ -209,6 +215,31 @@ def test_the_models_own_generate_is_steered_as_by_hand(model, use_past_kv_cache)
     assert model.tokenizer.decode(new[: new.index(eos)] if eos in new else new) == expected
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["prompt_length", "found out"])
+@pytest.mark.parametrize("positions", ["answer", "prompt", "all"])
+def test_cached_steps_are_steered_like_the_whole_sequence(model, positions, given):
+    """By the user's own calls of the model, with transformers' own cache."""
+    steer, n_prompt = steering(model, "resid_post", positions), 5
+    tokens = torch.randint(4, 40, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def step_by_step():
+        cache = DynamicCache(config=model.original_model.config)
+        logits, seen = [], 0
+        for part in (tokens[:, :n_prompt], *tokens[:, n_prompt:].split(1, dim=1)):
+            seen += part.shape[1]
+            how = {"attention_mask": torch.ones_like(tokens[:, :seen]), "past_key_values": cache, "use_cache": True}
+            logits.append(model(part, **how)[:, -1])
+            assert cache.get_seq_length() == seen
+        return torch.stack(logits, dim=1)
+
+    with torch.inference_mode():
+        with steer.applied(model, toward="memorization", prompt_length=n_prompt):
+            whole = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)[:, n_prompt - 1 :]
+        with steer.applied(model, toward="memorization", prompt_length=n_prompt if given else None):
+            torch.testing.assert_close(step_by_step(), whole, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(step_by_step(), whole, atol=1e-2)
+
+
 def test_rows_padded_on_either_side_are_steered_at_their_own_answer_position(model):
     steer = steering(model, "resid_post", "prompt")
     with steer.applied(model, toward="memorization"), torch.inference_mode():
@@ -229,13 +260,18 @@ def test_rows_padded_on_either_side_are_steered_at_their_own_answer_position(mod
 class TestLostCaches:
     """A transformers that Bridges do not know may take their keys and values away in silence."""
 
-    @pytest.fixture
-    def forgetful(self, model, monkeypatch):
+    @pytest.fixture(params=[0, 3, 6], ids=["always", "soon", "late"])
+    def forgetful(self, model, monkeypatch, request):
+        """Whether each pass was given a cache that it neither read nor added to: all passes beyond some positions."""
         own, seen = type(model).forward, []
 
-        def forward(self, *args, past_key_values=None, use_cache=None, **kwargs):
+        def forward(self, tokens, *, attention_mask, past_key_values=None, use_cache=None, **kwargs):
+            if past_key_values is not None and attention_mask.shape[1] <= request.param:
+                how = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": True}
+                return own(self, tokens, **how, **kwargs)
             seen.append(past_key_values is not None)
-            return own(self, *args, use_cache=False, **kwargs)
+            alone = attention_mask[:, -tokens.shape[1] :]
+            return own(self, tokens, attention_mask=alone, use_cache=False, **kwargs)
 
         monkeypatch.setattr(type(model), "forward", forward)
         return seen
@@ -259,7 +295,22 @@ def test_the_installed_transformers_keeps_the_cache_of_a_bridge(model):
     past = Past.of_nothing(model, 1, tokens.device)
     with torch.inference_mode():
         step.forward(model, tokens, torch.ones_like(tokens), past)
-    assert past.cache.get_seq_length() == tokens.shape[1]
+    assert past.is_whole and past.cache.get_seq_length() == tokens.shape[1], (
+        f"transformers {version('transformers')} takes a Bridge's cache away: pyproject.toml must bound it below that"
+    )
+
+
+def test_the_transformers_that_the_canary_speaks_of_is_within_the_bounds_of_the_package():
+    """As installed, and as both files of constraints pin it."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [bounds] = [each for each in map(Requirement, needed) if each.name == "transformers"]
+    files = [ROOT / name for name in ("constraints.txt", "constraints-tl4.txt")]
+    pinned = [line.removeprefix("transformers==") for file in files for line in file.read_text().splitlines()]
+    pinned = [line for line in pinned if line[0].isdigit()]
+    assert len(pinned) == 2
+    for found in (*pinned, version("transformers")):
+        assert bounds.specifier.contains(found), f"transformers {found} is not {bounds.specifier}"
+    assert not bounds.specifier.contains("5.24.0"), "which takes every Bridge's cache away: the canary tells"
 
 
 def test_no_hook_is_left_after_an_exception(model):

@@ -13,6 +13,7 @@ from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.support import is_native_bridge, is_plain
 from memgen_lens.models import build, build_model, load_model, save_model
 from memgen_lens.models.native import config_of, native_bridge, set_state, state_of
+from memgen_lens.models.tokens import tokenized
 
 TASK = helpers.tiny_task()
 TOKENS = torch.randint(13, (5, 9), generator=torch.Generator().manual_seed(0))
@@ -126,6 +127,24 @@ def test_biases_of_the_unembedding_and_of_gated_mlps_are_trained(as_on_4):
     own = parameters_of(model)
     for bias in (own.unembed.b_U, own.blocks[0].mlp.b_out, own.blocks[0].attn.b_O):
         assert id(bias) in trained and bias.grad.abs().max() > 1e-3
+
+
+@helpers.either_kind
+@pytest.mark.parametrize("prepends", [True, False])
+def test_a_begin_of_text_token_stands_before_prompts_where_the_config_says_so(tmp_path, monkeypatch, prepends, native):
+    """Also on a native Bridge, so that a saved model is asked the same on both versions."""
+    settings = helpers.small_settings(d_vocab=len(TASK.tokenizer), default_prepend_bos=prepends)
+    model = helpers.model_of(settings, TASK.tokenizer, native=native)
+    before = [model.tokenizer.bos_token_id] if prepends else []
+    save_model(model, tmp_path)
+    monkeypatch.setattr(build, "HAS_HOOKED_TRANSFORMER", False)
+    bridge = load_model(tmp_path)
+    assert is_native_bridge(bridge) and is_native_bridge(model) == native
+    for each in (model, bridge):
+        tokens, lengths = tokenized(each, ["1+2=", "3"])
+        rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        assert rows == [[*before, 1, 16, 2, 17], [*before, 3]]
+        assert tokenized(each, ["3"], prepend_bos=not prepends)[1].tolist() == [1 + (not prepends)]
 
 
 def test_weights_of_another_model_are_refused_by_name_and_shape(as_on_4):

@@ -4,6 +4,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
+import helpers
 import numpy as np
 import peft
 import pytest
@@ -23,7 +24,7 @@ from transformers import (
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, RunDirectoryError
-from memgen_lens.models import adapters, hub
+from memgen_lens.models import adapters, build_model, hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 
@@ -126,6 +127,101 @@ def test_a_bridge_is_saved_again_over_what_was_saved_and_nothing_else_is_touched
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(hf))
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_whose_model_folder_is_hugging_faces_loads_by_either_name(kind, tmp_path):
+    model = mg.load_model(hugging_face(kind), tokenizer=characters())
+    mg.save_model(model, tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"task": {}}')  # a run's own, which names no kind of model
+    tokenizer = characters()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for place in (tmp_path, tmp_path / "model", str(tmp_path)):
+        assert torch.equal(logits(mg.load_model(place)), logits(model))
+        placed = mg.load_model(place, dtype="bfloat16", device_map="cpu", tokenizer=tokenizer)
+        assert placed.original_model.dtype == torch.bfloat16
+        assert placed.hugging_face_tokenizer is tokenizer
+        assert logits(mg.load_model(place, device="cpu")).dtype == torch.float32
+        with pytest.raises(ModelError, match="nowhere"):  # as transformers says, to which it is handed
+            mg.load_model(place, device_map="nowhere")
+    with pytest.raises(ModelError, match="expected device or device_map; received both"):
+        mg.load_model(tmp_path, device="cpu", device_map="cpu")
+
+
+class TestRunDirectories:
+    @pytest.fixture
+    def run(self, tmp_path):
+        model = build_model(helpers.tiny_training().model, helpers.tiny_task().tokenizer, n_ctx=16, seed=0)
+        mg.save_model(model, tmp_path / "run" / "model")
+        (tmp_path / "run" / "config.json").write_text('{"task": {}}')
+        return tmp_path / "run"
+
+    def test_the_directory_is_its_model_folder(self, run):
+        one, other = (mg.load_model(place) for place in (run, run / "model"))
+        assert not one.training and type(one) is type(other)
+        assert torch.equal(one(IDS % 20), other(IDS % 20))
+
+    @pytest.mark.parametrize("name", ["bfloat16", "float16"])
+    def test_the_weights_are_of_the_type_asked_for(self, run, name, capfd):
+        dtype = getattr(torch, name)
+        plain = mg.load_model(run)(IDS % 20)
+        for place in (run, run / "model"):
+            for asked in (name, dtype):
+                model = mg.load_model(place, dtype=asked)
+                assert {parameter.dtype for parameter in model.parameters()} == {model.cfg.dtype} == {dtype}
+                found = model(IDS % 20)
+                assert found.dtype == dtype and found.isfinite().all()
+                torch.testing.assert_close(found.float(), plain, atol=0.1, rtol=0.1)
+        assert len(mg.complete(model, ["1+2=", "3"], max_new_tokens=3, progress=False)) == 2
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_placement_is_refused(self, run):
+        for place in (run, run / "model", str(run)):
+            with pytest.raises(
+                ModelError, match="expected no device_map with a run directory; received 'auto'"
+            ) as caught:
+                mg.load_model(place, device_map="auto")
+            assert "\n" not in str(caught.value)
+
+
+class TestShards:
+    @pytest.fixture
+    def whole(self):
+        return hugging_face("llama")
+
+    @pytest.fixture
+    def shards(self, whole, tmp_path):
+        """A directory of six files of weights."""
+        whole.save_pretrained(tmp_path / "hf", max_shard_size="5KB")
+        characters().save_pretrained(tmp_path / "hf")
+        paths = sorted((tmp_path / "hf").glob("*.safetensors"))
+        assert len(paths) == 6
+        return paths
+
+    def test_all_of_them_are_the_model(self, whole, shards):
+        assert torch.equal(
+            logits(mg.load_model(shards[0].parent)), logits(mg.load_model(whole, tokenizer=characters()))
+        )
+
+    @pytest.mark.parametrize("damage", ["gone", "cut", "cut in its header", "empty"])
+    def test_one_that_is_missing_or_cut_is_named_in_one_line(self, shards, damage, capfd):
+        path, content = shards[2], shards[2].read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[: {"cut": -9, "cut in its header": 20, "empty": 0}[damage]])
+        with pytest.raises(ModelError) as caught:
+            mg.load_model(path.parent)
+        text = str(caught.value)
+        assert str(path) in text and "\n" not in text and caught.value.__suppress_context__
+        assert damage == "gone" or "expected whole safetensors files; received" in text
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_model_in_one_file_that_is_cut_is_named_too(self, llama):
+        path = llama / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ModelError, match=rf"received '{path}' \("):
+            mg.load_model(llama)
 
 
 def test_a_run_directory_keeps_its_own_tokenizer(tmp_path):
