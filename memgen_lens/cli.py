@@ -141,7 +141,7 @@ def _parse(kind: type[T], arguments: list[str], *, prog: str, default: Any = tyr
     try:
         with contextlib.redirect_stderr(complaint):
             keywords = {} if default is tyro.MISSING else {"default": default}
-            return tyro.cli(kind, args=arguments, prog=prog, **keywords)
+            return tyro.cli(kind, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **keywords)
     except SystemExit as error:
         if not error.code:
             raise

@@ -131,14 +131,15 @@ def run_experiment(
     """
     started = time.perf_counter()
     config = config.seeded()
-    require_device(config.train.device, call="run_experiment")
+    base = _beginning(config)
     sites = [*config.analysis.sites, config.analysis.probe_site]
     with prepared(out, sites=sites, resume=resume, force=force) as directory:
-        return _run(config, directory, started, resume=resume, force=force, progress=progress, say=say)
+        return _run(config, base, directory, started, resume=resume, force=force, progress=progress, say=say)
 
 
 def _run(
     config: ExperimentConfig,
+    base: Any,
     directory: Path,
     started: float,
     *,
@@ -149,7 +150,12 @@ def _run(
 ) -> Experiment:
     """All stages, in a directory that is this run's alone."""
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
-    training = _learn(config, directory, resume=resume, force=force, progress=progress)
+    how = {"out": directory, "resume": resume, "force": force, "progress": progress}
+    if isinstance(config.train, FinetuneConfig):
+        training = tune(base, str(config.base), config.task, config.train, **how)
+        base = None  # whose weights need no longer be held
+    else:
+        training = train(config.task, config.train, **how)
     model, task, analysis = training.model, config.task, config.analysis
     trained = time.perf_counter()
 
@@ -213,21 +219,19 @@ def _run(
     return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
 
 
-def _learn(config: ExperimentConfig, directory: Path, *, resume: bool, force: bool, progress: bool) -> TrainingRun:
-    """Train from scratch, or tune the pretrained model; no site that the model will lack is found out afterwards."""
-    how = {"out": directory, "resume": resume, "force": force, "progress": progress}
-    if isinstance(config.train, FinetuneConfig):
-        assert config.base is not None
-        base = load_model(config.base, device=config.train.device)
-        _require_sites(config, base)
-        return tune(base, config.base, config.task, config.train, **how)
-    _require_sites(config, build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0))
-    return train(config.task, config.train, **how)
+def _beginning(config: ExperimentConfig) -> Any:
+    """The pretrained model that is tuned, or None.
 
-
-def _require_sites(config: ExperimentConfig, model: Any) -> None:
+    Refuses, before an hour of training, a device that is not there or a site that the model will not have.
+    """
+    require_device(config.train.device, call="run_experiment")
+    base = None if config.base is None else load_model(config.base, device=config.train.device)
     for site in (*config.analysis.sites, config.analysis.probe_site):
-        site_hooks(model, site)
+        if isinstance(config.train, FinetuneConfig):
+            site_hooks(base, site)
+        else:
+            site_hooks(build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0), site)
+    return base
 
 
 def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun) -> None:

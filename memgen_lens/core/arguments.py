@@ -181,7 +181,7 @@ def arguments(
                     received=str(wrong),
                     fix="Change the call.",
                 ) from None
-            for argument in kinds.keys() & bound.arguments.keys():
+            for argument in [name for name in kinds if name in bound.arguments]:
                 try:
                     bound.arguments[argument] = adapter(argument).validate_python(bound.arguments[argument])
                 except ValidationError as wrong:

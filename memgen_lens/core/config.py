@@ -5,9 +5,9 @@ settings (see `memgen_lens.cli`).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened, suggest
 from memgen_lens.core.types import Positions
@@ -93,7 +93,8 @@ def _place(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[int |
         kept.append(part)
         if part != loc[-1]:
             annotation = fields[str(part)].annotation if part in fields else None
-            kinds = {kind.__name__: kind for kind in get_args(annotation) if hasattr(kind, "model_fields")}
+            classes = [getattr(kind, "__origin__", kind) for kind in get_args(annotation)]
+            kinds = {kind.__name__: kind for kind in classes if hasattr(kind, "model_fields")}
             fields = getattr(annotation, "model_fields", fields)
     return kept, list(fields)
 
@@ -237,6 +238,21 @@ class FinetuneConfig(LearningConfig):
             return "all weights tuned"
         where = f" of {len(self.layers)} blocks" if self.layers else ""
         return f"adapters of rank {self.rank} on {', '.join(self.targets) or 'every linear layer'}{where}"
+
+
+def _learns(value: Any) -> str:
+    """Which of the two ways to learn some settings are of."""
+    if isinstance(value, Mapping):
+        own = FinetuneConfig.model_fields.keys() - TrainConfig.model_fields.keys()
+        return "FinetuneConfig" if own & value.keys() else "TrainConfig"
+    return type(value).__name__
+
+
+AnyTraining = Annotated[
+    Annotated[TrainConfig, Tag("TrainConfig")] | Annotated[FinetuneConfig, Tag("FinetuneConfig")],
+    Discriminator(_learns),
+]
+"""Training from scratch or tuning as a setting, told apart by the settings that are named."""
 
 
 class AnalysisConfig(Settings):

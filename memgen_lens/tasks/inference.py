@@ -78,8 +78,10 @@ class InContextInference(Task):
     stated_share: float = Field(0.5, ge=0, le=1)
     """With ``depth=2``, share of the facts of a generic training story that state their conclusion (``Lily is a frog.
     It is green.``) with loss on it; no other story states any."""
-    n_questions: int = Field(4, ge=1)
-    """Questions that follow one generic training story at most, no two of them about one fact."""
+    n_questions: int = Field(1, ge=1)
+    """Questions that follow one generic training story at most, no two about one fact. With ``depth=1`` ask one:
+    of several, the last are answered by elimination, and a model that is trained from scratch learns that and never
+    looks (2 layers, 3,000 steps: held-out 0.27 with four questions, 0.99 with one)."""
     one_hop_share: float = Field(0.5, ge=0, le=1)
     """With ``depth=2``, the share of those questions that ask for the first hop alone (``What is Lily? Lily is a
     frog``)."""

@@ -137,6 +137,12 @@ class Task(Settings):
         """Tokens of the longest answer of any split under a Hugging Face tokenizer, its end-of-text token counted."""
         return longest(tokenizer, self._answers) + 1
 
+    def require_distinct_beginnings(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer under which two `answer_words` begin alike; see `memgen_lens.tasks.check`."""
+        from memgen_lens.tasks.check_tokens import require_distinct_beginnings
+
+        require_distinct_beginnings(self, tokenizer)
+
     @cached_property
     def _answers(self) -> tuple[str, ...]:
         """The different answers in all splits."""

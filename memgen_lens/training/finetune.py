@@ -70,6 +70,7 @@ def finetune(
 
     Raises:
         RunDirectoryError: As in `train`; or the base is another one than that of the run to be resumed.
+        TaskError: Two of the task's answers begin with the same token of the model's tokenizer.
         ModelError: The base cannot be loaded or is no pretrained model; the loss is not finite; the device is not
             there; the call stands in ``torch.inference_mode()``; or adapters do not merge.
         SettingsError: ``resume`` without ``out``.
@@ -103,6 +104,8 @@ def tune(
             fix="Train one of ours from scratch: mg.train(task, ..., out=...).",
         )
     tokenizer = getattr(lens, "hugging_face_tokenizer", lens.tokenizer)
+    if hasattr(task, "require_distinct_beginnings"):
+        task.require_distinct_beginnings(tokenizer)
     hf = _learning(lens, config)
     base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
     with prepared("finetune", task, config, out, resume=resume, force=force, base=base) as directory:

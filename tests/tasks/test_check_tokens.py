@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subwords import BEGIN, END, english, subwords
 from transformers import PreTrainedTokenizerFast
 
 from memgen_lens.core.errors import MemgenError, SettingsError, TaskError
@@ -23,7 +24,6 @@ from memgen_lens.tasks import (
 from memgen_lens.tasks.tokenizer import build_tokenizer, encoded, longest
 
 SMALL = {"n_memorized": 12, "n_heldout": 10, "n_validation": 10}
-END, BEGIN = "<|endoftext|>", "<|begin_of_text|>"
 TASKS = [
     Addition(**SMALL),
     Addition(spaced=True, reverse_sum=False, **SMALL),
@@ -35,41 +35,6 @@ TASKS = [
     InContextInference(depth=2, tokens="sentences", stated_share=0, **SMALL),
     Mixture(tasks=(Addition(**SMALL), Ciphertext(**SMALL), InContextInference(**SMALL))),
 ]
-
-
-def english(n: int = 60) -> list[str]:
-    """Texts to learn subwords from."""
-    drawn = [
-        "".join(piece for piece, _ in text.pieces)
-        for depth in (1, 2)
-        for text in InContextInference(depth=depth, **SMALL).draw_training(n, np.random.default_rng(0))
-    ]
-    return [*drawn, *(f"{n} + {n + 1} = {2 * n + 1}, <mem-{n:04x}>" for n in range(n)), "The sky is blue. " * 9]
-
-
-def subwords(texts: list[str], *, digits_apart: bool = True, begin: str | None = None, n: int = 600):
-    """A byte-level BPE tokenizer, as GPT-2's; with digits apart, SmolLM2's; with a begin-of-text token, Llama's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    bytes_apart = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_apart])
-        if digits_apart
-        else bytes_apart
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [END, *([begin] if begin else [])]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=n, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=begin, unk_token=END)
 
 
 KINDS = {
