@@ -39,7 +39,7 @@ def of_trained(learned):
     """By kind, a fitted steering of the trained model at ``resid_post``, in both layers."""
     score = mg.attribute(learned.acts, "resid_post")
     return {
-        kind: Steering.from_activations(score, learned.acts, 0.4, kind=kind, layers=[0, 1])
+        kind: Steering.from_activations(score, learned.acts, 0.7, kind=kind, layers=[0, 1])
         for kind in ("clusters", "low_rank")
     }
 
@@ -319,7 +319,8 @@ def test_the_table_says_what_was_done_and_has_a_control_more(tables, kind):
         assert side.shift["rate"] == 1
         assert list(side.controls) == [*CONTROLS, "shuffled_items"]
         assert all(control["n_draws"] == 20 for control in side.controls.values())
-        assert all(side.controls[name]["mean"] < 0.8 for name in CONTROLS)
+        # A push of the value in either direction makes it agree with the group: there random signs say nothing.
+        assert all(side.controls[name]["mean"] < 0.4 for name in ("random_neurons", "low_correlation"))
     # Led to strangers, the groups meet in the middle: there the model computes, whichever way it is steered.
     assert table.to_generalization.controls["shuffled_items"]["mean"] > 0.9
     assert table.to_memorization.controls["shuffled_items"]["mean"] < 0.1
