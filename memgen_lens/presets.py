@@ -116,6 +116,7 @@ _INFERENCE = ExperimentConfig(
         eval_every=500,
         target_generalization=0.985,
     ),
+    analysis=AnalysisConfig(fitted=("clusters", "low_rank")),
 )
 
 _INFERENCE_CUED = ExperimentConfig(
@@ -205,7 +206,7 @@ _SMOLLM2 = ExperimentConfig(
     task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     train=FinetuneConfig(max_steps=300, memorized_share=0.625, target_generalization=0.97, target_memorization=0.99),
     analysis=AnalysisConfig(
-        sites=("resid_post", "post"), top_fractions=(0.1, 0.3, 0.5), alphas=(0.5, 1.0, 2.0), positions=("prompt",)
+        top_fractions=(0.1, 0.3, 1.0), alphas=(0.5, 1.0, 2.0), positions=("prompt",), fitted=("clusters", "low_rank")
     ),
 )
 

@@ -3,7 +3,7 @@
 Does not train, nor know any formula: the analyses do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.metrics import consistency_metrics
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
+from memgen_lens.core.records import Activations, NeuronScores, ProbeReport, SteeringSetting, SteeringTable
 from memgen_lens.presets import ExperimentConfig
 
 
@@ -57,38 +57,34 @@ def steer(
     say: Callable[[str], None],
     progress: bool,
 ) -> dict[str, SteeringTable]:
-    """Choose both steerings on ``tune``, report them on ``test``, and see which layers matter; save all."""
+    """Choose every steering on ``tune``, report them on ``test``, and see which layers matter; save all."""
     analysis, task = config.analysis, config.task
     how = {"batch_size": analysis.batch_size, "progress": progress}
     candidates = [scores[site] for site in analysis.sites]
     source = record(model, pairs, analysis.sites, **how)
     shared = {"top_fractions": analysis.top_fractions, **how}
+    grid = {"alphas": analysis.alphas, "positions": analysis.positions, **shared}
     say("choosing site, fraction and alpha on the tune pairs")
-    shifts = sweep_steering(
-        model, task, pairs, candidates, alphas=analysis.alphas, positions=analysis.positions, **shared
-    )
-    patches = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
+    rows = {"shift": sweep_steering(model, task, pairs, candidates, **grid)}
+    rows["patch"] = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
+    n_items = len({pairs.memorized[i].key for i in pairs.of("select")})
+    sizes = [size for size in analysis.fitted_sizes if size <= n_items] or [1]
+    for kind in analysis.fitted:
+        fitted = {"mode": kind, "source": source, "sizes": sizes, "seed": config.seed}
+        rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
     say("steering the test pairs, with controls")
-    tables = {}
-    for mode, rows in (("shift", shifts), ("patch", patches)):
-        chosen = choose_setting(rows).setting
-        steering = Steering.from_scores(
-            scores[chosen.site],
-            chosen.top_fraction,
-            chosen.alpha or 1.0,
-            mode=chosen.mode,
-            source=source,
-            positions=chosen.positions,
-        )
-        tables[mode] = evaluate_steering(
+    tables = {
+        mode: evaluate_steering(
             model,
             task,
             pairs,
-            steering,
+            _steering(choose_setting(swept).setting, scores, source, seed=config.seed),
             n_controls=analysis.n_controls,
             seed=config.seed,
             **how,
         )
+        for mode, swept in rows.items()
+    }
     shift = tables["shift"].setting
     by_layer = sweep_steering(
         model,
@@ -101,8 +97,22 @@ def steer(
         layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
         **how,
     )
-    write_json(directory / "steering.json", {"tune": [*shifts, *patches], "by_layer": by_layer, **tables})
+    tried = [row for swept in rows.values() for row in swept]
+    write_json(directory / "steering.json", {"tune": tried, "by_layer": by_layer, **tables})
     return tables
+
+
+def _steering(
+    chosen: SteeringSetting, scores: Mapping[str, NeuronScores], source: Activations, *, seed: int
+) -> Steering:
+    """The steering of a setting that a sweep over all layers has tried."""
+    score, alpha = scores[chosen.site], chosen.alpha or 1.0
+    if chosen.mode in ("shift", "patch"):
+        how = {"mode": chosen.mode, "source": source, "positions": chosen.positions}
+        return Steering.from_scores(score, chosen.top_fraction, alpha, **how)
+    size = {"n_clusters" if chosen.mode == "clusters" else "rank": chosen.size}
+    how = {"kind": chosen.mode, "positions": chosen.positions, "seed": seed, **size}
+    return Steering.from_activations(score, source, chosen.top_fraction, alpha, **how)
 
 
 def compare(

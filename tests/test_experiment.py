@@ -10,7 +10,7 @@ import planted_tasks
 import pytest
 
 import memgen_lens as mg
-from memgen_lens import experiment as experiment_module
+from memgen_lens import stages
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import read_json, read_jsonl
@@ -21,7 +21,9 @@ CONFIG = mg.ExperimentConfig(
     about="a test",
     task=helpers.SMALL_TASK,
     train=helpers.SMALL_TRAINING,
-    analysis=mg.AnalysisConfig(top_fractions=(0.1, 0.3), alphas=(1.0, 2.0, 4.0)),
+    analysis=mg.AnalysisConfig(
+        top_fractions=(0.1, 0.3), alphas=(1.0, 2.0, 4.0), fitted=("low_rank",), fitted_sizes=(2, 999)
+    ),
 )
 
 
@@ -31,6 +33,18 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "small"
     experiment = mg.run_experiment(CONFIG, out=out, progress=False, say=said.append)
     return experiment, out, said
+
+
+def test_fitted_rules_are_swept_and_reported_beside_the_shift(finished):
+    experiment, out, _ = finished
+    table = experiment.steering["low_rank"]
+    assert (table.setting.mode, table.setting.size) == ("low_rank", 2), "there are no 999 items to fit on"
+    block = json.loads((out / "metrics.json").read_text())["steering"]["low_rank"]
+    assert block["to_generalization"]["shift_rate"] == table.to_generalization.shift["rate"]
+    assert "shuffled_items" in block["to_generalization"]["controls"]
+    tried = {row["setting"]["mode"] for row in json.loads((out / "steering.json").read_text())["tune"]}
+    assert tried == {"shift", "patch", "low_rank"}
+    assert "rank 2" in (out / "report.html").read_text()
 
 
 def assert_is_rate(value):
@@ -187,7 +201,7 @@ def test_the_tasks_of_a_mixture_are_compared_and_saved(tmp_path):
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
     model, pairs = planted_tasks.build_model(shared=True), planted_tasks.prompt_pairs()
     said = []
-    metrics = experiment_module._compare(tmp_path, config, model, pairs, "post", said.append, False)
+    metrics = stages.compare(tmp_path, config, model, pairs, "post", said.append, False)
     assert said == ["comparing halves of the pairs and tasks"]
     across = metrics["across_tasks"]
     assert across["tasks"] == ("a", "b") or across["tasks"] == ["a", "b"]
@@ -206,12 +220,10 @@ def test_tasks_that_cannot_be_compared_leave_the_reason(tmp_path):
     few = pairs.take(np.arange(65))  # five of the second task
     model = planted_tasks.build_model(shared=True)
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
-    metrics = experiment_module._compare(tmp_path, config, model, few, "post", lambda line: None, False)
+    metrics = stages.compare(tmp_path, config, model, few, "post", lambda line: None, False)
     assert "expected at least two tasks" in metrics["across_tasks"]["why"]
     assert read_json(tmp_path / "consistency.json")["across_tasks"] == metrics["across_tasks"]
-    few = experiment_module._compare(
-        tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None, False
-    )
+    few = stages.compare(tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None, False)
     assert "at least 16 items" in few["why"]
 
 

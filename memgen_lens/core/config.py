@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened, suggest
-from memgen_lens.core.types import Positions
+from memgen_lens.core.types import FittedKind, Positions
 
 MAX_SEED = 2**32 - 1
 """Largest seed that numpy takes."""
@@ -274,6 +274,10 @@ class AnalysisConfig(Settings):
     """Multiples of abs(NMD) to try, each above 0."""
     positions: tuple[Positions, ...] = Field(("answer", "prompt"), min_length=1)
     """Where to try the shift: from the answer position on, at it alone, or at every position."""
+    fitted: tuple[FittedKind, ...] = ()
+    """Rules fitted on ``select`` and reported beside the shift: what they add depends on the activation of a row."""
+    fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
+    """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
     n_controls: int = Field(20, ge=20)
     """Draws of each steering control."""
     batch_size: int = Field(2048, ge=1)
@@ -288,12 +292,13 @@ class AnalysisConfig(Settings):
                 received=f"{self.select_share} + {self.tune_share}",
                 fix="Lower either; the paper-like choice is 0.4 and 0.2.",
             )
-        for name, low, high in (("top_fractions", 0, 1), ("alphas", 0, float("inf"))):
+        unbounded = float("inf")
+        for name, high in {"top_fractions": 1, "alphas": unbounded, "fitted_sizes": unbounded}.items():
             for value in getattr(self, name):
-                if not low < value <= high:
+                if not 0 < value <= high:
                     raise SettingsError(
                         f"AnalysisConfig.{name}",
-                        expected=f"values in ({low}, {high}]",
+                        expected=f"values in (0, {high}]",
                         received=repr(value),
                         fix=f"Change {name}.",
                     )

@@ -16,7 +16,7 @@ from memgen_lens.core.errors import MemgenError, SettingsError
 from memgen_lens.presets import ExperimentConfig
 from memgen_lens.tasks import Addition
 
-ALL_SETTINGS = [ModelConfig, TrainConfig, AnalysisConfig, Addition, ExperimentConfig]
+ALL_SETTINGS = [ModelConfig, TrainConfig, mg.FinetuneConfig, AnalysisConfig, Addition, ExperimentConfig]
 
 
 @st.composite
@@ -100,10 +100,11 @@ def test_settings_are_frozen_and_equal_ones_hash_the_same(cls):
 
 @pytest.mark.parametrize("cls", ALL_SETTINGS)
 def test_every_setting_is_explained(cls):
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    own = [part for part in cls.__mro__ if part.__module__.startswith("memgen_lens")]
     explained = {
         field.target.id
-        for field, after in itertools.pairwise(body)
+        for part in own
+        for field, after in itertools.pairwise(ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body)
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
     assert set(cls.model_fields) - explained == set()
