@@ -225,12 +225,13 @@ def _beginning(config: ExperimentConfig) -> Any:
     Refuses, before an hour of training, a device that is not there or a site that the model will not have.
     """
     require_device(config.train.device, call="run_experiment")
-    base = None if config.base is None else load_model(config.base, device=config.train.device)
+    if isinstance(config.train, FinetuneConfig):
+        base: Any = load_model(config.base, device=config.train.device)
+        asked = base
+    else:
+        base, asked = None, build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
     for site in (*config.analysis.sites, config.analysis.probe_site):
-        if isinstance(config.train, FinetuneConfig):
-            site_hooks(base, site)
-        else:
-            site_hooks(build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0), site)
+        site_hooks(asked, site)
     return base
 
 

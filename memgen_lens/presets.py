@@ -161,6 +161,19 @@ _MIXTURE = ExperimentConfig(
     ),
 )
 
+_GPT2_TRAINING = TrainConfig(
+    model=ModelConfig(n_layers=12, d_model=768, n_heads=12, d_mlp=3072, act_fn="gelu_new"),
+    max_steps=4000,
+    batch_size=256,
+    memorized_share=0.2,
+    generic_steps=800,
+    learning_rate=3e-4,
+    warmup_steps=200,
+    weight_decay=0.1,
+    target_generalization=0.99,
+    device="cuda",
+)
+
 _GPT2 = ExperimentConfig(
     preset="gpt2",
     about="stories of four rules and four facts, two hops, at the size of GPT-2: the paper's scale, for a GPU",
@@ -176,25 +189,14 @@ _GPT2 = ExperimentConfig(
         n_questions=4,
         n_memorized=1000,
     ),
-    train=TrainConfig(
-        model=ModelConfig(n_layers=12, d_model=768, n_heads=12, d_mlp=3072, act_fn="gelu_new"),
-        max_steps=4000,
-        batch_size=256,
-        memorized_share=0.2,
-        generic_steps=800,
-        learning_rate=3e-4,
-        warmup_steps=200,
-        weight_decay=0.1,
-        target_generalization=0.99,
-        device="cuda",
-    ),
+    train=_GPT2_TRAINING,
     analysis=_INFERENCE_CUED.analysis,
 )
 
 _GPT2_MEDIUM = _GPT2.but(
     preset="gpt2-medium",
     about=_GPT2.about.replace("GPT-2:", "GPT-2 medium:"),
-    train=_GPT2.train.but(model=_GPT2.train.model.but(n_layers=24, d_model=1024, n_heads=16, d_mlp=4096)),
+    train=_GPT2_TRAINING.but(model=_GPT2_TRAINING.model.but(n_layers=24, d_model=1024, n_heads=16, d_mlp=4096)),
 )
 
 _SMOLLM2 = ExperimentConfig(

@@ -92,7 +92,7 @@ def steer(
         pairs,
         scores[shift.site],
         top_fractions=(shift.top_fraction,),
-        alphas=(shift.alpha,),
+        alphas=(shift.alpha or 1.0,),
         positions=(shift.positions,),
         layers=[[layer] for layer in range(scores[shift.site].rho.shape[0])],
         **how,
