@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, null, pretrained, probes, startup, steering, training, waiting
+from benchmarks import attribution, null, pretrained, probes, startup, steering, training, tuning, waiting
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
@@ -19,6 +19,7 @@ ROWS = {
     "steering": steering.rows,
     "probes": probes.rows,
     "pretrained": pretrained.rows,
+    "tuning": tuning.rows,
 }
 OTHERS = ("waiting", "startup", "null")
 
