@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from memgen_lens.core.config import AnalysisConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, Settings, TrainConfig
 from memgen_lens.core.errors import MemgenError, SettingsError
 from memgen_lens.presets import ExperimentConfig
 from memgen_lens.tasks import Addition
 
-ALL_SETTINGS = [ModelConfig, TrainConfig, mg.FinetuneConfig, AnalysisConfig, Addition, ExperimentConfig]
+ALL_SETTINGS = [ModelConfig, TrainConfig, FinetuneConfig, AnalysisConfig, Addition, ExperimentConfig]
 
 
 @st.composite

@@ -264,7 +264,7 @@ def test_bad_input_begins_no_run(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "_loop", lambda *a, **k: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer, "learn", lambda *a, **k: pytest.fail("it trained"))
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(
