@@ -1,5 +1,6 @@
 """Greedy completion in batches gives each prompt what it would get alone; bad input is refused."""
 
+import copy
 import inspect
 from contextlib import nullcontext
 from types import SimpleNamespace
