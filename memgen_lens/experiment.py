@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from memgen_lens.analysis import (
-    collect_pairs,
-)
+from memgen_lens.analysis import collect_pairs
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -153,7 +151,6 @@ def _run(
     how = {"out": directory, "resume": resume, "force": force, "progress": progress}
     if isinstance(config.train, FinetuneConfig):
         training = tune(base, str(config.base), config.task, config.train, **how)
-        base = None  # whose weights need no longer be held
     else:
         training = train(config.task, config.train, **how)
     model, task, analysis = training.model, config.task, config.analysis

@@ -86,12 +86,12 @@ def _place(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[int |
     fields: Mapping[str, Any] = cls.model_fields
     kinds: dict[str, Any] = {}
     kept: list[int | str] = []
-    for part in loc:
+    for depth, part in enumerate(loc):
         if part in kinds:
             fields, kinds = kinds[str(part)].model_fields, {}
             continue
         kept.append(part)
-        if part != loc[-1]:
+        if depth < len(loc) - 1:
             annotation = fields[str(part)].annotation if part in fields else None
             classes = [getattr(kind, "__origin__", kind) for kind in get_args(annotation)]
             kinds = {kind.__name__: kind for kind in classes if hasattr(kind, "model_fields")}
@@ -245,7 +245,7 @@ def _learns(value: Any) -> str:
     if isinstance(value, Mapping):
         own = FinetuneConfig.model_fields.keys() - TrainConfig.model_fields.keys()
         return "FinetuneConfig" if own & value.keys() else "TrainConfig"
-    return type(value).__name__
+    return "FinetuneConfig" if isinstance(value, FinetuneConfig) else "TrainConfig"
 
 
 AnyTraining = Annotated[

@@ -276,3 +276,21 @@ def test_the_nested_defaults_are_checked_too():
 
     with pytest.raises(SettingsError, match=r"Outer.inner"):
         Outer()
+
+
+@pytest.mark.parametrize("train", [5, "x", None, ModelConfig()])
+def test_what_is_no_way_to_learn_is_refused_in_our_words(train):
+    with pytest.raises(SettingsError, match=r"\.train: expected a valid dictionary or instance of TrainConfig"):
+        ExperimentConfig(train=train)
+
+
+def test_settings_of_a_subclass_are_settings():
+    class Mine(TrainConfig):
+        """Somebody's own."""
+
+    assert ExperimentConfig(train=Mine(max_steps=7)).train.max_steps == 7
+
+
+def test_an_unknown_setting_that_is_named_like_the_one_around_it_is_told_where_it_stands():
+    with pytest.raises(SettingsError, match=r"received train\.train=3\. "):
+        ExperimentConfig.from_json('{"train": {"train": 3}}')
