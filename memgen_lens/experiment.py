@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from memgen_lens.analysis import collect_pairs
+from memgen_lens.analysis import collect_pairs, record
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -179,9 +179,11 @@ def _run(
     consistency: dict[str, Any] = {}
     probes, why = None, None
     try:
-        scores, probes = find_and_predict(directory, config, model, pairs, say, progress)
-        tables = steer(directory, config, model, pairs, scores, say, progress)
-        consistency = compare(directory, config, model, pairs, tables["shift"].setting.site, say, progress)
+        sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
+        acts = record(model, pairs, sites, batch_size=analysis.batch_size, progress=progress)
+        scores, probes = find_and_predict(directory, config, acts, say)
+        tables = steer(directory, config, model, acts, scores, say, progress)
+        consistency = compare(directory, config, model, acts, tables["shift"].setting.site, say)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
         why = str(error)

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memgen_lens.analysis import (
     Steering,
     attribute,
     choose_setting,
     evaluate_steering,
     fit_probes,
-    record,
     sweep_steering,
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.metrics import consistency_metrics
-from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeReport, SteeringSetting, SteeringTable
 from memgen_lens.presets import ExperimentConfig
 
@@ -28,18 +28,13 @@ from memgen_lens.presets import ExperimentConfig
 def find_and_predict(
     directory: Path,
     config: ExperimentConfig,
-    model: Any,
-    pairs: PromptPairs,
+    acts: Activations,
     say: Callable[[str], None],
-    progress: bool,
 ) -> tuple[dict[str, NeuronScores], ProbeReport]:
     """Score the neurons of every site and fit the probes; save both."""
-    analysis = config.analysis
-    how = {"batch_size": analysis.batch_size, "progress": progress}
-    sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
-    acts = record(model, pairs, sites, **how)
-    say(f"scoring neurons of {', '.join(sites)}")
-    scores = {site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in sites}
+    analysis, how = config.analysis, {"n_permutations": config.analysis.n_permutations, "seed": config.seed}
+    say(f"scoring neurons of {', '.join(acts.sites)}")
+    scores = {site: attribute(acts, site, **how) for site in acts.sites}
     for score in scores.values():
         score.save(directory / "scores")
     say("fitting probes")
@@ -52,25 +47,24 @@ def steer(
     directory: Path,
     config: ExperimentConfig,
     model: Any,
-    pairs: PromptPairs,
+    acts: Activations,
     scores: dict[str, NeuronScores],
     say: Callable[[str], None],
     progress: bool,
 ) -> dict[str, SteeringTable]:
     """Choose every steering on ``tune``, report them on ``test``, and see which layers matter; save all."""
-    analysis, task = config.analysis, config.task
+    analysis, task, pairs = config.analysis, config.task, acts.pairs
     how = {"batch_size": analysis.batch_size, "progress": progress}
     candidates = [scores[site] for site in analysis.sites]
-    source = record(model, pairs, analysis.sites, **how)
     shared = {"top_fractions": analysis.top_fractions, **how}
     grid = {"alphas": analysis.alphas, "positions": analysis.positions, **shared}
     say("choosing site, fraction and alpha on the tune pairs")
     rows = {"shift": sweep_steering(model, task, pairs, candidates, **grid)}
-    rows["patch"] = sweep_steering(model, task, pairs, candidates, mode="patch", source=source, **shared)
-    n_items = len({pairs.memorized[i].key for i in pairs.of("select")})
-    sizes = [size for size in analysis.fitted_sizes if size <= n_items] or [1]
+    rows["patch"] = sweep_steering(model, task, pairs, candidates, mode="patch", source=acts, **shared)
+    most = min(len(np.unique(pairs.item[pairs.of("select")])), *(score.rho.shape[1] for score in candidates))
+    sizes = [size for size in analysis.fitted_sizes if size <= most] or [1]
     for kind in analysis.fitted:
-        fitted = {"mode": kind, "source": source, "sizes": sizes, "seed": config.seed}
+        fitted = {"mode": kind, "source": acts, "sizes": sizes, "seed": config.seed}
         rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
     say("steering the test pairs, with controls")
     tables = {
@@ -78,7 +72,7 @@ def steer(
             model,
             task,
             pairs,
-            _steering(choose_setting(swept).setting, scores, source, seed=config.seed),
+            _steering(choose_setting(swept).setting, scores, acts, seed=config.seed),
             n_controls=analysis.n_controls,
             seed=config.seed,
             **how,
@@ -102,34 +96,30 @@ def steer(
     return tables
 
 
-def _steering(
-    chosen: SteeringSetting, scores: Mapping[str, NeuronScores], source: Activations, *, seed: int
-) -> Steering:
+def _steering(chosen: SteeringSetting, scores: Mapping[str, NeuronScores], acts: Activations, *, seed: int) -> Steering:
     """The steering of a setting that a sweep over all layers has tried."""
     score, alpha = scores[chosen.site], chosen.alpha or 1.0
     if chosen.mode in ("shift", "patch"):
-        how = {"mode": chosen.mode, "source": source, "positions": chosen.positions}
+        how = {"mode": chosen.mode, "source": acts, "positions": chosen.positions}
         return Steering.from_scores(score, chosen.top_fraction, alpha, **how)
     size = {"n_clusters" if chosen.mode == "clusters" else "rank": chosen.size}
     how = {"kind": chosen.mode, "positions": chosen.positions, "seed": seed, **size}
-    return Steering.from_activations(score, source, chosen.top_fraction, alpha, **how)
+    return Steering.from_activations(score, acts, chosen.top_fraction, alpha, **how)
 
 
 def compare(
     directory: Path,
     config: ExperimentConfig,
     model: Any,
-    pairs: PromptPairs,
+    acts: Activations,
     site: str,
     say: Callable[[str], None],
-    progress: bool,
 ) -> dict[str, Any]:
     """Compare the neurons of two halves of the pairs and, in a mixture, of its tasks; save both."""
-    analysis = config.analysis
-    how = {"batch_size": analysis.batch_size, "progress": progress}
+    analysis, pairs = config.analysis, acts.pairs
     say("comparing halves of the pairs" + (" and tasks" if len(task_names(pairs)) > 1 else ""))
     try:
-        halves = split_half(record(model, pairs, [site], **how), site, seed=config.seed)
+        halves = split_half(acts, site, seed=config.seed)
     except PairsError as error:
         return {"why": str(error)}
     tasks, why = None, None

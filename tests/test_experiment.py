@@ -201,7 +201,7 @@ def test_the_tasks_of_a_mixture_are_compared_and_saved(tmp_path):
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
     model, pairs = planted_tasks.build_model(shared=True), planted_tasks.prompt_pairs()
     said = []
-    metrics = stages.compare(tmp_path, config, model, pairs, "post", said.append, False)
+    metrics = stages.compare(tmp_path, config, model, mg.record(model, pairs, ["post"]), "post", said.append)
     assert said == ["comparing halves of the pairs and tasks"]
     across = metrics["across_tasks"]
     assert across["tasks"] == ("a", "b") or across["tasks"] == ["a", "b"]
@@ -220,10 +220,11 @@ def test_tasks_that_cannot_be_compared_leave_the_reason(tmp_path):
     few = pairs.take(np.arange(65))  # five of the second task
     model = planted_tasks.build_model(shared=True)
     config = CONFIG.but(analysis=mg.AnalysisConfig(top_fractions=(0.01,), alphas=(1.0,), positions=("answer",)))
-    metrics = stages.compare(tmp_path, config, model, few, "post", lambda line: None, False)
+    metrics = stages.compare(tmp_path, config, model, mg.record(model, few, ["post"]), "post", len)
     assert "expected at least two tasks" in metrics["across_tasks"]["why"]
     assert read_json(tmp_path / "consistency.json")["across_tasks"] == metrics["across_tasks"]
-    few = stages.compare(tmp_path, config, model, pairs.take(np.arange(12)), "post", lambda line: None, False)
+    dozen = mg.record(model, pairs.take(np.arange(12)), ["post"])
+    few = stages.compare(tmp_path, config, model, dozen, "post", len)
     assert "at least 16 items" in few["why"]
 
 
