@@ -129,7 +129,7 @@ def run_experiment(
     """
     started = time.perf_counter()
     config = config.seeded()
-    base = _beginning(config)
+    base = _base(config)
     sites = [*config.analysis.sites, config.analysis.probe_site]
     with prepared(out, sites=sites, resume=resume, force=force) as directory:
         return _run(config, base, directory, started, resume=resume, force=force, progress=progress, say=say)
@@ -218,7 +218,7 @@ def _run(
     return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
 
 
-def _beginning(config: ExperimentConfig) -> Any:
+def _base(config: ExperimentConfig) -> Any:
     """The pretrained model that is tuned, or None.
 
     Refuses, before an hour of training, a device that is not there or a site that the model will not have.

@@ -37,10 +37,9 @@ def read(
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
     tokenizer: Any,
-    gguf: Path | None = None,
 ) -> tuple[Any, Any]:
     """Transformers' model of a directory, a name, a GGUF file or a package that carries one, and its tokenizer."""
-    gguf = gguf or packaged(name) or (Path(name) if Path(name).is_file() else None)
+    gguf = packaged(name) or (Path(name) if Path(name).is_file() else None)
     source = gguf or name
     name, how = _where(name if gguf is None else str(gguf.parent))
     if gguf is not None:

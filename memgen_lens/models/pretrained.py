@@ -106,7 +106,7 @@ def _from_path(
     path = user_path(source, call=CALL)
     place = {"device": device, "dtype": dtype or torch.float32, "device_map": device_map}
     if path.is_file():
-        return _bridge(*read(str(path.parent), gguf=path, tokenizer=tokenizer, **place))
+        return _bridge(*read(str(path), tokenizer=tokenizer, **place))
     if (path / "adapter_config.json").is_file():
         return _bridge(*read_adapter(path, place, tokenizer))
     for folder in (path, path / "model"):  # the latter of a directory that a Bridge was saved in

@@ -22,7 +22,7 @@ from memgen_lens.models.plain import plain_model, weights_hash
 from memgen_lens.models.pretrained import load_model
 from memgen_lens.models.save import save_model, written_whole
 from memgen_lens.models.tokens import own_beginning
-from memgen_lens.training.loop import learn, own_random_state, refuse_inference_mode
+from memgen_lens.training.loop import learn, refuse_inference_mode, seeded_random_state
 from memgen_lens.training.pretrained import Pretrained, set_trained, with_adapters
 from memgen_lens.training.run_files import prepared
 from memgen_lens.training.trainer import TrainingRun
@@ -109,7 +109,7 @@ def tune(
     hf = _learning(lens, config)
     base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
     with prepared("finetune", task, config, out, resume=resume, force=force, base=base) as directory:
-        with own_random_state(config.seed), torch.enable_grad():
+        with seeded_random_state(config.seed), torch.enable_grad():
             learner = Pretrained(hf, tokenizer, task, config, own_beginning(tokenizer))
             how = {"resume": resume, "progress": progress}
             history, stop_reason = learn("finetune", task, config, learner, learner.batches, directory, **how)
@@ -144,7 +144,7 @@ def load_base(base: Mapping[str, str], *, device: str) -> Any:
 
 
 def tuned(lens: Any, weights: Mapping[str, Tensor], config: FinetuneConfig) -> Any:
-    """A Bridge around the pretrained model of another one, with the weights of a checkpoint.
+    """A Bridge around a pretrained model as it was tuned up to a checkpoint.
 
     Args:
         lens: The pretrained model; it stays what it is.

@@ -149,7 +149,7 @@ def refuse_inference_mode(call: str) -> None:
 
 
 @contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
+def seeded_random_state(seed: int) -> Iterator[None]:
     """Seed torch for the training alone; the caller's random state is as it was afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -25,7 +25,7 @@ from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.save import save_model
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
-from memgen_lens.training.loop import learn, multiplies_bf16, own_random_state, refuse_inference_mode
+from memgen_lens.training.loop import learn, multiplies_bf16, refuse_inference_mode, seeded_random_state
 from memgen_lens.training.run_files import prepared
 
 SPARE_POSITIONS = 8
@@ -106,7 +106,7 @@ def train(
     )
     # A notebook may have switched gradients off at its top, as TransformerLens' own do.
     with prepared("train", task, config, out, resume=resume, force=force) as directory:
-        with own_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
+        with seeded_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
             history, stop_reason = learn(
                 "train",
                 task,

@@ -26,7 +26,7 @@ from memgen_lens.fast import products
 from memgen_lens.models.plain import plain_model, weights_hash
 from memgen_lens.models.tokens import own_beginning
 from memgen_lens.training.checkpoints import list_checkpoints
-from memgen_lens.training.loop import own_random_state
+from memgen_lens.training.loop import seeded_random_state
 from memgen_lens.training.pretrained import Pretrained, with_adapters
 from memgen_lens.training_dynamics import _tuned_models
 
@@ -145,7 +145,7 @@ def test_the_model_that_was_given_stays_what_it_was(kind):
 
 def learner_of(kind: str = "llama", **changes) -> Pretrained:
     tokenizer = bridges.character_tokenizer()
-    with own_random_state(0):
+    with seeded_random_state(0):
         return Pretrained(bridges.hugging_face(kind), tokenizer, TASK, settings(**changes), before=())
 
 
