@@ -30,8 +30,9 @@ from memgen_lens.core.metrics import (
     steering_metrics,
 )
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringTable
+from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.core.run_directory import prepared, processor
+from memgen_lens.core.steering_records import SteeringTable
 from memgen_lens.models import build_model, load_model
 from memgen_lens.models.build import require_device
 from memgen_lens.models.sites import site_hooks

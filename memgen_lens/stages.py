@@ -21,7 +21,8 @@ from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.metrics import consistency_metrics
-from memgen_lens.core.records import Activations, NeuronScores, ProbeReport, SteeringSetting, SteeringTable
+from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
+from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
 from memgen_lens.presets import ExperimentConfig
 
 
@@ -32,9 +33,11 @@ def find_and_predict(
     say: Callable[[str], None],
 ) -> tuple[dict[str, NeuronScores], ProbeReport]:
     """Score the neurons of every site and fit the probes; save both."""
-    analysis, how = config.analysis, {"n_permutations": config.analysis.n_permutations, "seed": config.seed}
+    analysis = config.analysis
     say(f"scoring neurons of {', '.join(acts.sites)}")
-    scores = {site: attribute(acts, site, **how) for site in acts.sites}
+    scores = {
+        site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in acts.sites
+    }
     for score in scores.values():
         score.save(directory / "scores")
     say("fitting probes")

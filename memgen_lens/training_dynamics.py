@@ -3,8 +3,7 @@
 Does not train, and knows no formula: the stages do.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,21 @@ from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig
+from memgen_lens.core.config import AnalysisConfig
 from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import read_json
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.records import Activations, NeuronScores, ProbeScores, SteeringSetting
+from memgen_lens.core.records import Activations, NeuronScores, ProbeScores
 from memgen_lens.core.stats import Rate, wilson
+from memgen_lens.core.steering_records import SteeringSetting
 from memgen_lens.core.types import Behavior
-from memgen_lens.models import build_model, load_model
-from memgen_lens.models.native import set_state, state_of
-from memgen_lens.models.tensors import load_tensors
+from memgen_lens.models import load_model
 from memgen_lens.tasks.task import Task
 from memgen_lens.training import TrainingRun
 from memgen_lens.training.checkpoints import list_checkpoints
-from memgen_lens.training.finetune import load_base, tuned
+from memgen_lens.training.steps import models_at
 
 
 @arguments(
@@ -118,8 +116,7 @@ def dynamics(
         score = attribute(acts, site, n_permutations=analysis.n_permutations, seed=seed)
         setting = _choose(model, task, pairs, score, analysis)
 
-    models = _tuned_models if "base" in written else _trained_models
-    shown = models(model, task, written, checkpoints, device)
+    shown = models_at(checkpoints.values(), model, task, written, device=device)
     measured = [
         _measure(step_model, task, pairs, site, setting, analysis, seed)
         for step_model in tqdm(shown, total=len(checkpoints), disable=not progress, desc="dynamics", unit="step")
@@ -128,33 +125,6 @@ def dynamics(
     if save:
         result.save(directory)
     return result
-
-
-def _trained_models(
-    model: Any, task: Any, written: dict[str, Any], checkpoints: Mapping[int, Path | None], device: str
-) -> Iterator[Any]:
-    """The model at each checkpoint of a run of `train`; at step 0 as it was drawn."""
-    for folder in checkpoints.values():
-        if folder is None:
-            shape, seed = ModelConfig.from_json(json.dumps(written["train"]["model"])), written["train"]["seed"]
-            first = build_model(shape, task.tokenizer, n_ctx=model.cfg.n_ctx, seed=seed, device=device)
-            set_state(model, state_of(first))
-        else:
-            set_state(model, load_tensors(folder / "weights.safetensors", device=device))
-        yield model
-
-
-def _tuned_models(
-    model: Any, task: Any, written: dict[str, Any], checkpoints: Mapping[int, Path | None], device: str
-) -> Iterator[Any]:
-    """The model at each checkpoint of a run of `finetune`; at step 0 the pretrained one."""
-    config = FinetuneConfig.from_json(json.dumps(written["train"]))
-    base = load_base(written["base"], device=device)
-    for folder in checkpoints.values():
-        if folder is None:
-            yield base
-        else:
-            yield tuned(base, load_tensors(folder / "weights.safetensors", device=device), config)
 
 
 def _directory(run: TrainingRun | str | Path) -> Path:

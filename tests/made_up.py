@@ -4,7 +4,8 @@ import numpy as np
 
 from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
-from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.core.records import ProbeScores
+from memgen_lens.core.steering_records import SteeringSetting
 
 TASKS = ("addition", "ciphertext", "in_context_inference")
 SETTING = SteeringSetting("resid_post", 0.1, 2.0, "answer")

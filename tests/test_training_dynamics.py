@@ -12,7 +12,8 @@ import memgen_lens as mg
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import to_json, with_nulls
-from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.core.records import ProbeScores
+from memgen_lens.core.steering_records import SteeringSetting
 from memgen_lens.models.native import state_of
 from memgen_lens.models.tensors import load_tensors
 from memgen_lens.training.checkpoints import list_checkpoints

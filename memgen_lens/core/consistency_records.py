@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from memgen_lens.core.files import with_nulls
-from memgen_lens.core.records import SteeringSetting
 from memgen_lens.core.stats import mean_of_draws
+from memgen_lens.core.steering_records import SteeringSetting
 
 NULLS = ("spearman", "overlap", "null_spearman", "null_overlap")
 STEERING_RATES = (

@@ -14,7 +14,8 @@ from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
 from memgen_lens.core.files import counts_rows, damaged, read_json, with_nulls, write_json
-from memgen_lens.core.records import ProbeScores, SteeringSetting
+from memgen_lens.core.records import ProbeScores
+from memgen_lens.core.steering_records import SteeringSetting
 
 FILE = "dynamics.json"
 BEHAVIORS = ("generalization", "memorization", "rephrased_generalization", "flips")

@@ -12,8 +12,9 @@ from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.files import with_nulls
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.pairs import PromptPairs
-from memgen_lens.core.records import NeuronScores, ProbeReport, SteeringRates, SteeringTable
+from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.core.stats import Rate, wilson
+from memgen_lens.core.steering_records import SteeringRates, SteeringTable
 from memgen_lens.core.types import Behavior
 
 SCHEMA = 2

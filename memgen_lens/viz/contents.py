@@ -16,17 +16,8 @@ from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl, user_path
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.metrics import SCHEMA
-from memgen_lens.core.records import (
-    Evaluation,
-    NeuronScores,
-    ProbeReport,
-    ProbeScores,
-    SideEffects,
-    SteeringRates,
-    SteeringSetting,
-    SteeringTable,
-    SweepRow,
-)
+from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
+from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior, FittedKind
 
 T = TypeVar("T")

@@ -20,8 +20,9 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.files import write_text
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.ownership import require_ours
-from memgen_lens.core.records import NeuronScores, SteeringTable, SweepRow
+from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import wilson
+from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run

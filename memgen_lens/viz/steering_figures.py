@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SiteError, suggest
-from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
+from memgen_lens.core.steering_records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import Mode, Positions
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,

@@ -9,8 +9,8 @@ from math import isnan
 from typing import Any
 
 from memgen_lens.core.items import same_items
-from memgen_lens.core.records import SteeringRates, SteeringSetting, SteeringTable
 from memgen_lens.core.stats import Rate, wilson
+from memgen_lens.core.steering_records import SteeringRates, SteeringSetting, SteeringTable
 from memgen_lens.viz.contents import RunContents
 from memgen_lens.viz.theme import UNKNOWN, rule_of
 

@@ -28,7 +28,7 @@ from memgen_lens.models.tokens import own_beginning
 from memgen_lens.training.checkpoints import list_checkpoints
 from memgen_lens.training.loop import seeded_random_state
 from memgen_lens.training.pretrained import Pretrained, with_adapters
-from memgen_lens.training_dynamics import _tuned_models
+from memgen_lens.training.steps import models_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 
@@ -356,7 +356,7 @@ def test_products_for_training_are_torchs_forth_and_back():
 def test_dynamics_of_a_tuned_run_begin_with_the_pretrained_model(finished, llama_on_disk):
     written = json.loads((finished.out / "checkpoints" / "settings.json").read_text())
     steps = {0: None} | {int(f.name[5:]): f for f in list_checkpoints(finished.out / "checkpoints")}
-    models = list(_tuned_models(None, TASK, written, {step: steps[step] for step in (0, 15, 30)}, "cpu"))
+    models = list(models_at([steps[step] for step in (0, 15, 30)], None, TASK, written, device="cpu"))
     assert_same(logits(models[0]), logits(mg.load_model(llama_on_disk)))
     assert_same(logits(models[2]), logits(finished.model))
     assert not np.allclose(logits(models[1]), logits(models[2]))

@@ -11,18 +11,9 @@ import pytest
 from memgen_lens.core.files import write_json, write_jsonl
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.pairs import PromptPairs, split_items
-from memgen_lens.core.records import (
-    Evaluation,
-    NeuronScores,
-    ProbeReport,
-    ProbeScores,
-    SideEffects,
-    SteeringRates,
-    SteeringSetting,
-    SteeringTable,
-    SweepRow,
-)
+from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
 from memgen_lens.core.stats import mean_of_draws, wilson
+from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
 
 CHOSEN = SteeringSetting("resid_post", 0.1, 2.0, "answer")
 N_ITEMS = 60

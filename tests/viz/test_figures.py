@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from memgen_lens.core.errors import MemgenError, SettingsError, SiteError
-from memgen_lens.core.records import NeuronScores, SteeringSetting
+from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import wilson
+from memgen_lens.core.steering_records import SteeringSetting
 from memgen_lens.viz import figures
 from memgen_lens.viz.theme import BEHAVIOR_COLORS
 

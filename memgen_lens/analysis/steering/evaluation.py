@@ -20,8 +20,8 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
-from memgen_lens.core.records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
+from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.types import Behavior, Direction, LensModel
 from memgen_lens.models.guard import lens_model
 from memgen_lens.models.step import forward, rows_at_once

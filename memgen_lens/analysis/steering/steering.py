@@ -17,10 +17,12 @@ from torch import Tensor
 from memgen_lens.analysis.steering.changes import known_pairs, patch_change, rule_change, shift_change
 from memgen_lens.analysis.steering.hooks import change_hooks
 from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, Rules, SiteFits, best_predicted
+from memgen_lens.analysis.steering.selection import strongest
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError, SiteError
-from memgen_lens.core.records import Activations, NeuronScores, SiteActivations, SteeringSetting
+from memgen_lens.core.records import Activations, NeuronScores, SiteActivations
+from memgen_lens.core.steering_records import SteeringSetting
 from memgen_lens.core.types import Direction, FittedKind, LensModel, Mode, Positions
 from memgen_lens.fast.decoding import Change
 from memgen_lens.models.guard import lens_model
@@ -92,7 +94,7 @@ class Steering:
             SiteError: ``source`` lacks the scores' site.
         """
         call = "Steering.from_scores"
-        selected = _selected(scores, top_fraction, layers, call=call)
+        selected = strongest(scores, top_fraction, layers, call=call)
         if mode == "patch" and (source is None or positions not in (None, "prompt")):
             raise SettingsError(
                 call,
@@ -239,7 +241,7 @@ def by_rules(
     """What `Steering.from_activations` gives, of rules that many settings share."""
     if fits.shape != scores.rho.shape:
         raise _wrong_shape(scores.site, "x".join(map(str, scores.rho.shape)), "x".join(map(str, fits.shape)))
-    selected = _selected(scores, top_fraction, layers, call=call)
+    selected = strongest(scores, top_fraction, layers, call=call)
     if layers is None:
         selected &= (np.arange(len(selected)) == best_predicted(fits, selected))[:, None]
     return Steering(
@@ -249,25 +251,6 @@ def by_rules(
         shift=np.zeros_like(scores.rho),
         rules=Rules.of(fits, selected, alpha),
     )
-
-
-def _selected(
-    scores: NeuronScores, top_fraction: float, layers: int | Sequence[int] | None, *, call: str
-) -> Bool[np.ndarray, "layer neuron"]:
-    """The neurons with the largest abs(rho) over all layers, as far as they are in these."""
-    n_layers = scores.rho.shape[0]
-    chosen = np.arange(n_layers) if layers is None else np.atleast_1d(np.asarray(layers))
-    if (chosen >= n_layers).any():
-        raise SettingsError(
-            f"{call}(layers=...)",
-            expected=f"layers of the scores, 0 to {n_layers - 1}",
-            received=repr(layers),
-            fix="Change layers.",
-        )
-    strength = np.abs(scores.rho).ravel()
-    selected = np.zeros(strength.size, dtype=bool)
-    selected[np.argsort(-strength, kind="stable")[: max(1, round(top_fraction * strength.size))]] = True
-    return selected.reshape(scores.rho.shape) & np.isin(np.arange(n_layers), chosen)[:, None]
 
 
 def steering_hooks(

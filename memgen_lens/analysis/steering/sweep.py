@@ -18,7 +18,8 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
-from memgen_lens.core.records import Activations, NeuronScores, SweepRow
+from memgen_lens.core.records import Activations, NeuronScores
+from memgen_lens.core.steering_records import SweepRow
 from memgen_lens.core.types import Behavior, Direction, LensModel, Mode, Positions
 from memgen_lens.models.guard import lens_model
 

@@ -13,7 +13,7 @@ import memgen_lens as mg
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.errors import PairsError, SettingsError
-from memgen_lens.core.records import SteeringSetting, SweepRow
+from memgen_lens.core.steering_records import SteeringSetting, SweepRow
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,145 @@
+"""What steering stages hand each other and save: settings, rates, side effects, sweeps.
+
+Plain values, so that what is saved can be read, drawn and reported without torch. They do not compute: the stages do.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from memgen_lens.core.types import Direction, Mode, Positions
+
+
+@dataclass(frozen=True)
+class SteeringSetting:
+    """One way to steer: which neurons, how hard, where.
+
+    Attributes:
+        site: Site whose neurons are changed.
+        top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1].
+        alpha: Multiple of abs(nmd), or of the change that a fitted rule predicts; None in patch mode.
+        positions: See `memgen_lens.core.types.Positions`.
+        mode: ``"shift"`` (the paper's), ``"patch"``, or the kind of the rule fitted on the ``select`` pairs:
+            ``"clusters"`` or ``"low_rank"``.
+        size: Of a fitted rule, the number of its clusters or its rank; else None.
+    """
+
+    site: str
+    top_fraction: float
+    alpha: float | None
+    positions: Positions
+    mode: Mode = "shift"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class SteeringRates:
+    """What steering one side of the pairs towards the other behaviour does.
+
+    Attributes:
+        toward: The behaviour steered towards; the prompts are those that show the other one unsteered.
+        n: Prompts.
+        n_items: Items that they belong to: what the intervals count.
+        shift: ``{"rate", "ci95"}``: share that now give the answer of ``toward``: the rule's (towards
+            generalization), or the item's own memorized one (towards memorization: exact recall).
+        memorized_form: Share whose output has the form of a memorized answer, its own or not.
+        stayed: Share that still give the answer they gave unsteered.
+        other: Share that give neither answer.
+        controls: By control, ``{"mean", "ci95", "n_draws", "memorized_form": {...}, "overlap"}`` over draws, where
+            ``overlap`` is the share of the selected neurons that the control changes too; or
+            ``{"mean": None, "why": ...}``.
+        examples: A few prompts with their outputs before and after.
+    """
+
+    toward: Direction
+    n: int
+    n_items: int
+    shift: dict[str, Any]
+    memorized_form: dict[str, Any]
+    stayed: dict[str, Any]
+    other: dict[str, Any]
+    controls: dict[str, dict[str, Any]]
+    examples: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What steering does to held-out generic prompts, which it is not meant to change.
+
+    Attributes:
+        n: Held-out prompts.
+        heldout_generalization: Share answered by the rule, unsteered.
+        heldout_generalization_steered: The same, steered towards generalization.
+        heldout_generalization_steered_to_memorization: The same, steered towards memorization.
+        kl_nats: Mean KL divergence (nats) of the steered (towards generalization) from the unsteered
+            next-token distribution at the answer position.
+        why: Why the figures are None, where they are.
+    """
+
+    n: int
+    heldout_generalization: float | None
+    heldout_generalization_steered: float | None
+    heldout_generalization_steered_to_memorization: float | None
+    kl_nats: float | None
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class SteeringTable:
+    """Steering both ways on the test pairs, beside its controls and side effects.
+
+    Attributes:
+        setting: How it was steered.
+        n_neurons_by_layer: Neurons that were changed.
+        to_generalization: What it does to recalling prompts.
+        to_memorization: What it does to computing prompts.
+        side_effects: What it does to held-out prompts.
+        predicted: Of a fitted rule, by direction, for each layer that is steered ``{"layer", "closed",
+            "closed_by_one_shift"}``: which share of the squared distance from a prompt's activation to its partner's,
+            on the selected neurons, what is added at alpha 1 closes for items that it was not fitted on, beside what
+            one shift for all closes; at most 1, and below 0 where it leads away. None where nothing is fitted.
+    """
+
+    setting: SteeringSetting
+    n_neurons_by_layer: tuple[int, ...]
+    to_generalization: SteeringRates
+    to_memorization: SteeringRates
+    side_effects: SideEffects
+    predicted: dict[str, list[dict[str, Any]]] | None = None
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One setting of a steering sweep and its rates on the prompts it was swept on.
+
+    Attributes:
+        setting: The setting.
+        layers: Layers it was restricted to; None = all (of a fitted rule: the one layer that it chooses).
+        n: Pairs.
+        n_items: Items that they belong to.
+        to_generalization: Share of recalling prompts that now generalize.
+        to_generalization_other: Share of them that now do neither.
+        to_memorization: Share of computing prompts that now recall exactly.
+        memorized_form: Share of computing prompts whose output now has the form of a memorized answer.
+        to_memorization_other: Share of computing prompts whose output is neither the rule's nor of memorized form.
+    """
+
+    setting: SteeringSetting
+    layers: tuple[int, ...] | None
+    n: int
+    n_items: int
+    to_generalization: float
+    to_generalization_other: float
+    to_memorization: float
+    memorized_form: float
+    to_memorization_other: float
+
+    @property
+    def gain(self) -> float:
+        """Shift rate minus the rate of other outputs, summed over both directions, in [-2, 2]; what is maximized."""
+        return self.gain_toward("generalization") + self.gain_toward("memorization")
+
+    def gain_toward(self, toward: Direction) -> float:
+        """The same in one direction, in [-1, 1]."""
+        if toward == "generalization":
+            return self.to_generalization - self.to_generalization_other
+        return self.memorized_form - self.to_memorization_other
