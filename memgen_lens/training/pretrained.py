@@ -77,8 +77,9 @@ class Pretrained:
     def measure(self) -> tuple[float, float, float]:
         """Rule's answers on validation prompts, recall of memorized ones, rule's answers on their rephrasings.
 
-        A greedy completion is an answer exactly where each of the answer's tokens, its end-of-text token included, has
-        the largest logit behind those before it: one forward pass over prompt and answer tells.
+        A greedy completion is the answer, in the tokens that the tokenizer gives it, exactly where each of them, the
+        end-of-text token included, has the largest logit behind those before it: one forward pass over prompt and
+        answer tells. (An answer that a model spells in other tokens counts in `observe`, and not here.)
         """
         self.network.eval()
         with torch.no_grad():
