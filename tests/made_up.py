@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
+from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.core.records import ProbeScores
 from memgen_lens.core.steering_records import SteeringSetting
@@ -55,6 +55,13 @@ def tasks(n: int = 3) -> TaskConsistency:
 def seeds() -> SeedConsistency:
     share = np.array([[0.1, 0.2, 0.7], [0.0, 0.4, 0.6]])
     return SeedConsistency("resid_post", ("0", "1"), 0.1, share, share + 0.2, np.eye(2), np.eye(2))
+
+
+def adapters() -> AdapterConsistency:
+    share, chance = np.array([[1.0, 0.3], [0.3, 1.0]]), np.full((2, 2), 0.12)
+    return AdapterConsistency(
+        "post", ("seed 0", "<b>other"), 0.1, 99, chance * 800, share, chance, chance, chance, share / 2, chance, chance
+    )
 
 
 def run_dynamics() -> Dynamics:

@@ -319,6 +319,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "consistency.across_seeds": lambda w: good(
         mg.consistency.across_seeds, scores=[w.scores, w.scores], top_fraction=0.1
     ),
+    "consistency.across_adapters": lambda w: good(
+        mg.consistency.across_adapters, scores=[w.scores, w.scores], top_fraction=0.1, n_permutations=9, seed=0
+    ),
     "consistency.across_tasks": lambda w: good(
         mg.consistency.across_tasks,
         model=w.model,
@@ -359,6 +362,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.steering_rates": lambda w: good(figures.steering_rates, table=w.table),
     "figures.split_half": lambda w: good(figures.split_half, result=made_up.halves()),
     "figures.seed_profiles": lambda w: good(figures.seed_profiles, result=made_up.seeds()),
+    "figures.adapter_overlap": lambda w: good(figures.adapter_overlap, result=made_up.adapters()),
     "figures.task_overlap": lambda w: good(figures.task_overlap, result=made_up.tasks()),
     "figures.probe_transfer": lambda w: good(figures.probe_transfer, result=made_up.tasks()),
     "figures.steering_transfer": lambda w: good(figures.steering_transfer, result=made_up.tasks()),

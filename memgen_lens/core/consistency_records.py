@@ -111,6 +111,52 @@ class SeedConsistency:
 
 
 @dataclass(frozen=True)
+class AdapterConsistency:
+    """Whether models tuned from one pretrained model find the same neurons; matrices are ``[model, model]``.
+
+    Attributes:
+        site: Site name.
+        models: What tells the models apart.
+        top_fraction: Share of the site's neurons in a top set.
+        n_permutations: Permutations of the neuron index behind each p.
+        n_neurons: Neurons compared: those whose rho is not 0 in either model.
+        overlap: Share of the (smaller) top set that both have, in [0, 1].
+        overlap_expected: The same of random sets drawn from all neurons.
+        overlap_expected_within_layers: The same of random sets with as many neurons in each layer.
+        overlap_p: Share of permutations with as much overlap or more.
+        rank_correlation: Spearman correlation of the models' rho, in [-1, 1].
+        rank_correlation_expected: Its mean over the permutations.
+        rank_correlation_p: Share of permutations with as high a correlation or higher.
+    """
+
+    site: str
+    models: tuple[str, ...]
+    top_fraction: float
+    n_permutations: int
+    n_neurons: Float[np.ndarray, "model model"]
+    overlap: Float[np.ndarray, "model model"]
+    overlap_expected: Float[np.ndarray, "model model"]
+    overlap_expected_within_layers: Float[np.ndarray, "model model"]
+    overlap_p: Float[np.ndarray, "model model"]
+    rank_correlation: Float[np.ndarray, "model model"]
+    rank_correlation_expected: Float[np.ndarray, "model model"]
+    rank_correlation_p: Float[np.ndarray, "model model"]
+
+    def summary(self) -> dict[str, Any]:
+        """The whole record as JSON takes it; what could not be computed is null."""
+        return with_nulls(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat line for each two models."""
+        names = [name for name in self.__dataclass_fields__ if isinstance(getattr(self, name), np.ndarray)]
+        return [
+            {"model": a, "other": b} | {name: float(getattr(self, name)[i, j]) for name in names}
+            for i, a in enumerate(self.models)
+            for j, b in enumerate(self.models[i + 1 :], start=i + 1)
+        ]
+
+
+@dataclass(frozen=True)
 class Matrix:
     """One figure for every source task (rows) and target task (columns), with its 95 % interval.
 

@@ -1,4 +1,4 @@
-"""Figures of consistency: over halves of the pairs, training seeds, and the tasks of a mixture.
+"""Figures of consistency: over halves of the pairs, training seeds, adapters of one model, and tasks of a mixture.
 
 Public through `memgen_lens.viz.figures`. Does not compute: values are drawn as recorded.
 """
@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.consistency_records import Matrix, SeedConsistency, SplitHalf, TaskConsistency
+from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
     INK,
@@ -139,6 +139,42 @@ def seed_profiles(result: SeedConsistency) -> go.Figure:
 
 
 @arguments(
+    result=kinds.one(AdapterConsistency),
+)
+def adapter_overlap(result: AdapterConsistency) -> go.Figure:
+    """How far models tuned from one pretrained model have the same neurons: overlap of top sets, correlation of rho.
+
+    ``chance`` is the mean overlap of random sets with as many neurons in each layer; hovering shows p, too.
+
+    Args:
+        result: At least two models compared.
+    """
+
+    def under(text: str, values: Float[np.ndarray, "model model"], p: Float[np.ndarray, "model model"]) -> Any:
+        return lambda i, j: (
+            f"{text} {_text(values[i, j], '.3f')} (p {_text(p[i, j], '.2g')} of {result.n_permutations:,} permutations)"
+            f"<br>{_text(result.n_neurons[i, j], ',.0f')} neurons"
+        )
+
+    n = len(result.models)
+    chance = result.overlap_expected_within_layers
+    share = [
+        [f"{_text(result.overlap[i, j], '.0%')}<br>chance {_text(chance[i, j], '.0%')}" for j in range(n)]
+        for i in range(n)
+    ]
+    rank = [[_text(result.rank_correlation[i, j], ".2f") for j in range(n)] for i in range(n)]
+    panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of rho")
+    figure = _panels(panels)
+    hover = _cells(result.models, under("by chance within layers", chance, result.overlap_p), join="and")
+    _draw(figure, result.overlap, share, hover, "overlap", sequential(SITE_COLORS[0]), (0.0, 1.0), 1)
+    shuffled = under("by permutation", result.rank_correlation_expected, result.rank_correlation_p)
+    hover = _cells(result.models, shuffled, join="and")
+    _draw(figure, result.rank_correlation, rank, hover, panels[1], _diverging(), (-1.0, 1.0), 2)
+    _named(figure, result.models)
+    return themed(figure, f"Same neurons? {escape(result.site)}", height=150 + 62 * n)
+
+
+@arguments(
     result=kinds.one(TaskConsistency),
 )
 def task_overlap(result: TaskConsistency) -> go.Figure:
@@ -153,7 +189,7 @@ def task_overlap(result: TaskConsistency) -> go.Figure:
     """
     overlap, rank = result.overlap, result.rank_correlation
     chance = _cells(
-        result,
+        result.tasks,
         lambda i, j: (
             f"{_interval(overlap, i, j, '.1%')}, {_counted(overlap, i, j, 'pairs')}"
             f"<br>by chance {_text(result.overlap_expected[i, j], '.1%')} (p {_text(result.overlap_p[i, j], '.2g')})"
@@ -161,15 +197,13 @@ def task_overlap(result: TaskConsistency) -> go.Figure:
             f" (p {_text(result.overlap_p_within_layers[i, j], '.2g')})"
         ),
     )
-    ends = _cells(result, lambda i, j: f"{_interval(rank, i, j, '.3f')}, {_counted(rank, i, j, 'pairs')}")
+    ends = _cells(result.tasks, lambda i, j: f"{_interval(rank, i, j, '.3f')}, {_counted(rank, i, j, 'pairs')}")
     panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of rho")
-    figure = _panels(result, panels)
+    figure = _panels(panels)
     beside = ("chance", result.overlap_expected_within_layers)
     scale = sequential(SITE_COLORS[0])
-    _draw(
-        figure, result, overlap.value, _with_interval(overlap, ".0%", beside), chance, "overlap", scale, (0.0, 1.0), 1
-    )
-    _draw(figure, result, rank.value, _with_interval(rank, ".2f"), ends, panels[1], _diverging(), (-1.0, 1.0), 2)
+    _draw(figure, overlap.value, _with_interval(overlap, ".0%", beside), chance, "overlap", scale, (0.0, 1.0), 1)
+    _draw(figure, rank.value, _with_interval(rank, ".2f"), ends, panels[1], _diverging(), (-1.0, 1.0), 2)
     return _finished(figure, result, f"Same neurons? {escape(result.site)}")
 
 
@@ -184,16 +218,16 @@ def probe_transfer(result: TaskConsistency) -> go.Figure:
     Args:
         result: The tasks of a mixture compared.
     """
-    figure = _panels(result, ["AUROC of the source's probe"])
+    figure = _panels(["AUROC of the source's probe"])
     text = _with_interval(result.probe, ".2f")
     hover = _cells(
-        result,
+        result.tasks,
         lambda i, j: (
             f"{_interval(result.probe, i, j, '.3f')}, {_counted(result.probe, i, j, 'prompts')}, "
             f"layer {result.probe_layers[i]}"
         ),
     )
-    _draw(figure, result, result.probe.value, text, hover, "AUROC", _diverging(), (0.0, 1.0), 1)
+    _draw(figure, result.probe.value, text, hover, "AUROC", _diverging(), (0.0, 1.0), 1)
     return _finished(figure, result, f"Probes across tasks: {escape(result.site)}")
 
 
@@ -209,7 +243,7 @@ def steering_transfer(result: TaskConsistency) -> go.Figure:
     Args:
         result: The tasks of a mixture compared.
     """
-    figure = _panels(result, [title for _, _, title, _ in STEERING_PANELS], columns=1)
+    figure = _panels([title for _, _, title, _ in STEERING_PANELS], columns=1, n_rows=len(result.tasks))
     for row, (name, other, title, behavior) in enumerate(STEERING_PANELS, start=1):
         matrix, random = result.steering[name], result.random_neurons[name]
         others = result.steering[other].value
@@ -224,11 +258,12 @@ def steering_transfer(result: TaskConsistency) -> go.Figure:
 
         scale = sequential(BEHAVIOR_COLORS[behavior])
         text = _with_interval(matrix, ".0%", ("random", random))
-        _draw(figure, result, matrix.value, text, _cells(result, hover), title, scale, (0.0, 1.0), 1, row)
+        _draw(figure, matrix.value, text, _cells(result.tasks, hover), title, scale, (0.0, 1.0), 1, row)
     return _finished(figure, result, f"Steering across tasks: {escape(result.site)}", rows=len(STEERING_PANELS))
 
 
-def _panels(result: TaskConsistency, titles: Sequence[str], *, columns: int | None = None) -> go.Figure:
+def _panels(titles: Sequence[str], *, columns: int | None = None, n_rows: int = 1) -> go.Figure:
+    """Heatmaps side by side, or below each other with ``n_rows`` rows each."""
     columns = columns or len(titles)
     figure = make_subplots(
         rows=len(titles) // columns,
@@ -236,14 +271,13 @@ def _panels(result: TaskConsistency, titles: Sequence[str], *, columns: int | No
         subplot_titles=titles,
         shared_yaxes=columns > 1,
         horizontal_spacing=0.06,
-        vertical_spacing=0.36 / (1 + len(result.tasks)) if columns == 1 and len(titles) > 1 else None,
+        vertical_spacing=0.36 / (1 + n_rows) if columns == 1 and len(titles) > 1 else None,
     )
     return figure.update_annotations(font_size=13)
 
 
 def _draw(
     figure: go.Figure,
-    result: TaskConsistency,
     values: Float[np.ndarray, "source target"],
     text: list[list[str]],
     hover: list[list[str]],
@@ -271,22 +305,28 @@ def _draw(
 
 
 def _finished(figure: go.Figure, result: TaskConsistency, title: str, *, rows: int = 1) -> go.Figure:
-    names = [shorten(task.replace("_", " ") or "unnamed", 40, placeholder="…") for task in result.tasks]
-    ticks = {"tickvals": list(range(len(names))), "ticktext": ["<br>".join(map(escape, wrap(n, 14))) for n in names]}
-    figure.update_xaxes(showgrid=False, ticks="", tickangle=0, **ticks)
-    figure.update_yaxes(showgrid=False, ticks="", autorange="reversed", **ticks)
+    _named(figure, result.tasks)
     last = rows if rows > 1 else 1
     figure.update_xaxes(title_text="tested on", row=last)
     figure.update_yaxes(title_text="made on", col=1)
     return themed(figure, title, height=150 + rows * (50 + 62 * len(result.tasks)))
 
 
-def _cells(result: TaskConsistency, make: Any) -> list[list[str]]:
-    """For every source and target a line that names them, and what ``make`` says of them."""
-    names = [escape(task or "unnamed") for task in result.tasks]
+def _named(figure: go.Figure, of: Sequence[str]) -> None:
+    """Write what rows and columns are of."""
+    names = [shorten(name.replace("_", " ") or "unnamed", 40, placeholder="…") for name in of]
+    ticks = {"tickvals": list(range(len(names))), "ticktext": ["<br>".join(map(escape, wrap(n, 14))) for n in names]}
+    figure.update_xaxes(showgrid=False, ticks="", tickangle=0, **ticks)
+    figure.update_yaxes(showgrid=False, ticks="", autorange="reversed", **ticks)
+
+
+def _cells(of: Sequence[str], make: Any, *, join: str = "to") -> list[list[str]]:
+    """For every row and column a line that names them, and what ``make`` says of them."""
+    names = [escape(name or "unnamed") for name in of]
+    first = "from " if join == "to" else ""
     return [
-        [f"from {source} to {target}<br>{make(i, j)}" for j, target in enumerate(names)]
-        for i, source in enumerate(names)
+        [f"{first}{row} {join} {column}<br>{make(i, j)}" for j, column in enumerate(names)]
+        for i, row in enumerate(names)
     ]
 
 

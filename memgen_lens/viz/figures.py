@@ -19,6 +19,7 @@ from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.viz.behavior_figures import behavior_bars, training_curves
 from memgen_lens.viz.consistency_figures import (
+    adapter_overlap,
     probe_transfer,
     seed_profiles,
     split_half,
@@ -44,6 +45,7 @@ from memgen_lens.viz.theme import (
 )
 
 __all__ = [
+    "adapter_overlap",
     "behavior_bars",
     "dynamics",
     "learning_curve",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from made_up import halves, matrix, run_dynamics, seeds, tasks
+from made_up import adapters, halves, matrix, run_dynamics, seeds, tasks
 
 from memgen_lens.core.dynamics_records import RateSeries
 from memgen_lens.core.errors import SettingsError
@@ -25,6 +25,7 @@ def plain(figure: go.Figure) -> dict:
     [
         lambda: figures.split_half(halves()),
         lambda: figures.seed_profiles(seeds()),
+        lambda: figures.adapter_overlap(adapters()),
         lambda: figures.task_overlap(tasks()),
         lambda: figures.probe_transfer(tasks()),
         lambda: figures.steering_transfer(tasks()),
@@ -97,6 +98,17 @@ def test_seed_profiles_draw_a_line_a_model_and_panel():
     lines = figures.seed_profiles(result).data
     assert [list(line.y) for line in lines[::2]] == result.top_share.tolist()
     assert [list(line.y) for line in lines[1::2]] == result.max_abs_rho.tolist()
+
+
+def test_adapter_overlap_draws_shares_beside_chance_and_correlations():
+    result = adapters()
+    shares, ranks = figures.adapter_overlap(result).data
+    assert np.array_equal(np.array(shares.z), result.overlap)
+    assert np.array_equal(np.array(ranks.z), result.rank_correlation)
+    assert shares.text[0][1] == "30%<br>chance 12%" and ranks.text[0][1] == "0.15"
+    assert shares.customdata[0][1].startswith(
+        "seed 0 and &lt;b&gt;other<br>by chance within layers 0.120 (p 0.12 of 99"
+    )
 
 
 def test_the_slider_moves_the_profiles_and_the_marker_to_its_step():

@@ -298,7 +298,15 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "steering_sweep": figures.steering_sweep(samples.sweep_rows()),
         "steering_by_layer": figures.steering_by_layer(samples.layer_rows()),
     }
-    elsewhere = {"split_half", "seed_profiles", "task_overlap", "probe_transfer", "steering_transfer", "dynamics"}
+    elsewhere = {
+        "adapter_overlap",
+        "split_half",
+        "seed_profiles",
+        "task_overlap",
+        "probe_transfer",
+        "steering_transfer",
+        "dynamics",
+    }
     assert set(drawn) == set(figures.__all__) - elsewhere  # those: test_consistency_figures.py
     for figure in drawn.values():
         assert len(figure.layout.title.text) <= 48

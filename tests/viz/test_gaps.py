@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from made_up import halves, run_dynamics, seeds, tasks
+from made_up import adapters, halves, run_dynamics, seeds, tasks
 
 from memgen_lens.viz import figures
 
@@ -165,11 +165,12 @@ def test_the_sweep_and_its_layers_leave_a_gap(samples, gap):
     ("draw", "record", "n_gaps"),
     [
         (figures.seed_profiles, seeds, 2),
+        (figures.adapter_overlap, adapters, 2),
         (figures.task_overlap, tasks, 2),
         (figures.probe_transfer, tasks, 1),
         (figures.steering_transfer, tasks, 3),
     ],
-    ids=["seeds", "overlap", "probes", "steering"],
+    ids=["seeds", "adapters", "overlap", "probes", "steering"],
 )
 def test_comparisons_leave_a_gap(draw, record, n_gaps, gap):
     whole, holed = draw(record()), draw(with_gap(record(), gap, 1))

@@ -266,6 +266,65 @@ def test_across_seeds_refuses_what_has_no_common_profile(scores, message):
         mg.consistency.across_seeds([scores_of(rho) for rho in scores])
 
 
+# --- adapters of one pretrained model -----------------------------------------------------------------------------
+
+
+def test_the_same_scores_share_all_and_no_permutation_reaches_them():
+    rho = np.random.default_rng(0).uniform(-1, 1, size=(3, 40))
+    found = mg.consistency.across_adapters({"a": scores_of(rho), "b": scores_of(rho)}, n_permutations=99)
+    assert found.models == ("a", "b") and found.site == "x"
+    assert np.allclose(found.overlap, 1) and np.allclose(found.rank_correlation, 1)
+    assert np.allclose(found.overlap_p, 0.01) and np.allclose(found.rank_correlation_p, 0.01)
+    assert np.allclose(found.overlap_expected, 0.1) and (found.n_neurons == 120).all()
+    assert json.loads(to_json(found.summary()))["overlap"] == [[1, 1], [1, 1]]
+    assert [(row["model"], row["other"], row["overlap"]) for row in found.rows()] == [("a", "b", 1.0)]
+
+
+def test_a_top_set_shared_by_half_is_found_with_its_chance_in_each_layer():
+    a, b = np.full((2, 2, 20), 0.01)
+    a[1, :4], b[1, 2:6] = 0.9, 0.8  # four of forty, two of them shared, all in the last layer
+    found = mg.consistency.across_adapters([scores_of(a), scores_of(b)], top_fraction=0.1)
+    assert found.overlap[0, 1] == 0.5
+    assert found.overlap_expected[0, 1] == pytest.approx(4 / 40)
+    assert found.overlap_expected_within_layers[0, 1] == pytest.approx(4 / 20)
+    # Of 20 places, 4 drawn: two or more of four known ones.
+    assert found.overlap_p[0, 1] == pytest.approx(hypergeom.sf(1, 20, 4, 4), abs=0.04)
+
+
+def test_neurons_that_are_alike_in_all_layers_are_not_taken_for_many():
+    """Places of the residual stream: independent between the models, the same in each of 30 layers of one."""
+    rng = np.random.default_rng(0)
+    below = {"overlap": 0, "rank_correlation": 0}
+    for _ in range(60):
+        a, b = (np.tile(rng.uniform(-1, 1, 50), (30, 1)) for _ in range(2))
+        found = mg.consistency.across_adapters([scores_of(a), scores_of(b)], top_fraction=0.2, n_permutations=99)
+        for name in below:
+            below[name] += getattr(found, f"{name}_p")[0, 1] <= 0.1
+    assert all(count <= 13 for count in below.values()), "60 null sets, of which 6 are expected; 13 has p < 0.01"
+
+
+def test_neurons_that_are_still_in_either_model_are_not_compared():
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(-1, 1, (2, 2, 20))
+    a[0, :5] = 0
+    found = mg.consistency.across_adapters([scores_of(a), scores_of(b)], n_permutations=9)
+    assert found.n_neurons.tolist() == [[35, 35], [35, 40]]
+    nothing = mg.consistency.across_adapters([scores_of(a), scores_of(np.zeros((2, 20)))], n_permutations=9)
+    assert np.isnan(nothing.overlap[0, 1]) and nothing.n_neurons[0, 1] == 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(3, 4)], "at least two models; received 1. Tune the same pretrained model with another seed"),
+        ([(3, 4), (3, 5)], r"one site of models tuned from one pretrained model; received x \(3, 4\), x \(3, 5\)"),
+    ],
+)
+def test_across_adapters_refuses_what_has_no_common_index(shapes, message):
+    with pytest.raises(SettingsError, match=message):
+        mg.consistency.across_adapters([scores_of(np.ones(shape)) for shape in shapes])
+
+
 # --- tasks of a mixture ------------------------------------------------------------------------------------------
 
 

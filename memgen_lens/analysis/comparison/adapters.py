@@ -1,0 +1,134 @@
+"""Do models tuned from one pretrained model keep the two behaviours apart with the same neurons?
+
+Public through `memgen_lens.consistency`. Does not tune.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+
+from memgen_lens.core import arguments as kinds
+from memgen_lens.core.arguments import arguments
+from memgen_lens.core.consistency_records import AdapterConsistency
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.records import NeuronScores
+from memgen_lens.core.stats import largest, overlap, row_correlation
+
+
+@arguments(
+    "consistency.across_adapters",
+    scores=dict[Any, kinds.one(NeuronScores)] | kinds.several(kinds.one(NeuronScores)),
+    top_fraction=kinds.OpenShare,
+    n_permutations=kinds.Count,
+    seed=kinds.Seed,
+)
+def across_adapters(
+    scores: Mapping[Any, NeuronScores] | Any, *, top_fraction: float = 0.1, n_permutations: int = 1000, seed: int = 0
+) -> AdapterConsistency:
+    """Whether models tuned from one pretrained model find the same neurons (intra- and inter-task consistency).
+
+    Low-rank adapters leave a neuron what it was, and in its place: neurons of all models tuned from one base share an
+    index, and sets of them can be compared neuron by neuron. (Models from scratch share none: see `across_seeds`.)
+    Between adapters of one task with different seeds that is the paper's intra-task consistency, between adapters of
+    two tasks its inter-task consistency (arXiv 2412.18497 v2). Chance levels are ours:
+
+    - Overlap of the two top sets beside what random sets have in common, drawn from all neurons, or as many in each
+      layer (`memgen_lens.core.stats.Overlap`); rank correlation of rho (Spearman), 0 by chance.
+    - For both, p = the share of permutations of one model's neuron index that come out as high or higher (one-sided,
+      at least ``1 / (n_permutations + 1)``). The index is permuted alike in all layers, as a place of the residual
+      stream behaves alike in many: permuted layer by layer, p would be far too small.
+
+    Neurons whose rho is 0 in either model are not compared.
+
+    Args:
+        scores: Scores of one site, one a model, all tuned from one pretrained model; a mapping from the models' names,
+            or a list (numbered from 0). Whether the base is one cannot be seen from scores.
+        top_fraction: Share of the site's neurons in a top set, in (0, 1).
+        n_permutations: Permutations behind each p.
+        seed: Seed of the permutations.
+
+    Raises:
+        SettingsError: Fewer than two models, unlike sites or shapes, or a value out of range.
+    """
+    call = "consistency.across_adapters"
+    named = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
+    if len(named) < 2:
+        raise SettingsError(
+            call,
+            expected="scores of at least two models",
+            received=str(len(named)),
+            fix="Tune the same pretrained model with another seed, or on another task.",
+        )
+    shapes = sorted({f"{score.site} {score.rho.shape}" for score in named.values()})
+    if len(shapes) > 1:
+        raise SettingsError(
+            call,
+            expected="scores of one site of models tuned from one pretrained model",
+            received=", ".join(shapes),
+            fix="Compare models of one base, a site at a time.",
+        )
+    values = [score.rho.astype(float) for score in named.values()]
+    figures = np.full((8, len(values), len(values)), np.nan)
+    for i, a in enumerate(values):
+        for j, b in enumerate(values):
+            rng = np.random.default_rng((seed, min(i, j), max(i, j)))
+            figures[:, i, j] = _compared(a, b, top_fraction, n_permutations, rng)
+    return AdapterConsistency(
+        next(iter(named.values())).site, tuple(map(str, named)), top_fraction, n_permutations, *figures
+    )
+
+
+def _compared(
+    a: Float[np.ndarray, "layer neuron"],
+    b: Float[np.ndarray, "layer neuron"],
+    top_fraction: float,
+    n_permutations: int,
+    rng: np.random.Generator,
+) -> tuple[float, ...]:
+    """Neurons compared; overlap, its two expectations and p; rank correlation, its mean by permutation and p."""
+    alive = (a != 0) & (b != 0)
+    if alive.sum() < 2:
+        return (float(alive.sum()), *[float("nan")] * 7)
+    count = max(1, round(top_fraction * a.size))
+    first, second = (_top(np.where(alive, values, 0), count) for values in (a, b))
+    found = overlap(first, second, among=alive)
+    ranks_a, ranks_b = _ranks(a), _ranks(b)
+    correlation = _correlation(ranks_a, ranks_b, alive)
+    shares, correlations = np.empty(n_permutations), np.empty(n_permutations)
+    smaller = min((first & alive).sum(), (second & alive).sum())
+    for draw in range(n_permutations):
+        order = rng.permutation(a.shape[1])
+        shares[draw] = (first & second[:, order]).sum() / smaller
+        correlations[draw] = _correlation(ranks_a, ranks_b[:, order], alive & alive[:, order])
+    return (
+        float(alive.sum()),
+        found.share,
+        found.expected,
+        found.expected_within_layers,
+        _p(shares, found.share),
+        correlation,
+        float(np.nanmean(correlations)),
+        _p(correlations, correlation),
+    )
+
+
+def _top(rho: Float[np.ndarray, "layer neuron"], count: int) -> Bool[np.ndarray, "layer neuron"]:
+    return largest(rho.reshape(1, -1), count).reshape(rho.shape) & (rho != 0)
+
+
+def _ranks(rho: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer neuron"]:
+    return rankdata(rho).reshape(rho.shape)
+
+
+def _correlation(
+    a: Float[np.ndarray, "layer neuron"], b: Float[np.ndarray, "layer neuron"], among: Bool[np.ndarray, "layer neuron"]
+) -> float:
+    return float(row_correlation(a[among][None], b[among][None])[0])
+
+
+def _p(drawn: Float[np.ndarray, " draw"], value: float) -> float:
+    """One-sided, the value itself among the draws; within rounding equal ones count as reached."""
+    return float((1 + (drawn >= value - 1e-12).sum()) / (1 + len(drawn)))
