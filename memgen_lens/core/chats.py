@@ -3,7 +3,7 @@
 Does not tokenize, and does not know transformers: the tokenizer is an object handed in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -20,12 +20,16 @@ def chats(call: str, name: str) -> Any:
     """
 
     def checked(value: Any) -> Any:
-        if not _is_list(value):
+        if not _is_several(value):
             raise _malformed(call, name, value)
-        for place, chat in enumerate(value):
-            if not _is_list(chat) or not len(chat) or not all(map(_is_message, chat)):
+        several = list(value)
+        for place, chat in enumerate(several):
+            if not _is_several(chat):
                 raise _malformed(call, f"{name}[{place}]", chat)
-        return value
+            several[place] = list(chat)
+            if not several[place] or not all(map(_is_message, several[place])):
+                raise _malformed(call, f"{name}[{place}]", several[place])
+        return several
 
     return Annotated[Any, BeforeValidator(checked)]
 
@@ -71,8 +75,9 @@ def _render(chat: Any, tokenizer: Any, *, name: str, call: str) -> str:
         ) from error
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+def _is_several(value: Any) -> bool:
+    """Whether it can be listed, and is neither one text nor one message."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
 def _is_message(message: Any) -> bool:

@@ -1,4 +1,5 @@
 import planted
+import numpy as np
 import pytest
 
 import memgen_lens as mg
@@ -33,6 +34,15 @@ def test_chats_are_written_by_the_chat_template_and_judged_as_strings_are(model)
             [f"{bos}[user]a[/][assistant]"], [f"{bos}[user]b[/][user]c[/][assistant]"], **others
         )
         assert {**vars(found), "split": found.split.tolist()} == {**vars(written), "split": written.split.tolist()}
+
+
+def test_chats_may_be_anything_that_can_be_listed(model):
+    chats = [[user("a")], [user("b")]]
+    array = np.empty(2, dtype=object)
+    array[:] = [tuple(chat) for chat in chats]
+    for several in (array, tuple(chats), (iter(chat) for chat in chats)):
+        pairs = mg.PromptPairs.from_chats(several, chats, tokenizer=model)
+        assert [item.prompt for item in pairs.memorized] == [item.prompt for item in pairs.generalized]
 
 
 def test_a_last_message_of_the_assistants_is_gone_on_with(model):
