@@ -3,7 +3,8 @@
 Does not train and does not draw.
 """
 
-from memgen_lens.analysis.attribution.observational import attribute, attribute_streaming
+from memgen_lens.analysis.attribution.attribute import attribute
+from memgen_lens.analysis.attribution.streaming import attribute_streaming
 from memgen_lens.analysis.probing.probes import fit_probes
 from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs

@@ -119,6 +119,8 @@ class NeuronScores:
         q: Benjamini-Hochberg adjusted ``p``, in (0, 1].
         n_pairs: Pairs the scores come from.
         n_items: Items that these pairs belong to: what the test counts.
+        method: What ``score`` is; see `memgen_lens.attribute`.
+        score: What neurons are ranked by, by its size; rho where none is given.
     """
 
     site: str
@@ -129,13 +131,20 @@ class NeuronScores:
     q: Float[np.ndarray, "layer neuron"]
     n_pairs: int
     n_items: int
+    method: str = "pearson"
+    score: Float[np.ndarray, "layer neuron"] = None  # pyright: ignore[reportAssignmentType]  # filled in at once
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            object.__setattr__(self, "score", self.rho)
 
     @arguments(directory=kinds.place("NeuronScores.save"))
     def save(self, directory: str | Path) -> Path:
         """Write ``SITE.safetensors`` into a directory and return its path."""
         path = Path(directory) / f"{self.site}.safetensors"
-        arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q")}
-        write_arrays(path, arrays | {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])})
+        arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q", "score")}
+        counts = {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])}
+        write_arrays(path, arrays | counts | {"method": np.frombuffer(self.method.encode(), dtype=np.uint8)})
         return path
 
     @classmethod
@@ -152,10 +161,13 @@ class NeuronScores:
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
         if set(arrays) == wanted - {"n_items"}:
             raise counts_rows(path, "p-values")
+        ranked = {}
+        if {"method", "score"} <= set(arrays):  # files of before have neither: their neurons were ranked by rho
+            ranked = {"method": bytes(arrays.pop("method")).decode(), "score": arrays.pop("score")}
         if set(arrays) != wanted or any(arrays[name].shape != (1,) for name in ("n_pairs", "n_items")):
             raise damaged(path, f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
         n_pairs, n_items = (int(arrays.pop(name)[0]) for name in ("n_pairs", "n_items"))
-        return cls(site=path.name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays)
+        return cls(site=path.name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays, **ranked)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,18 @@ CACHE_AT_ONCE = 1 << 26
 """Numbers that the keys and values of one batch may hold (256 MiB of float32)."""
 
 
-def rows_at_once(model: LensModel, length: int, *, cached: bool = True) -> int:
-    """Rows of ``length`` positions that one forward pass may hold, so that logits and cache stay within bounds."""
+def rows_at_once(model: LensModel, length: int, *, cached: bool = True, n: int = 1) -> int:
+    """Rows of ``length`` positions that one forward pass may hold, so that logits and cache stay within bounds.
+
+    Args:
+        model: A lens model.
+        length: Positions of a row, those in the cache included.
+        cached: Whether keys and values are kept.
+        n: Positions whose logits are asked for.
+    """
     cfg = model.cfg
     vocabulary = max(int(getattr(cfg, "d_vocab_out", -1) or -1), int(cfg.d_vocab), 1)
-    logits = vocabulary * (1 if _keeps_last_logits(model) else length)
+    logits = vocabulary * (n if _keeps_last_logits(model) else length)
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     past = 2 * cfg.n_layers * heads * cfg.d_head * length if cached else 1
     return max(1, min(LOGITS_AT_ONCE // logits, CACHE_AT_ONCE // max(past, 1)))
@@ -38,13 +45,26 @@ def forward(
     mask: Int[Tensor, "batch pos"],
     past: Past | None = None,
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Logits behind the last position; ``past`` is added to.
+    """Logits behind the last position; ``past`` is added to. See `last_logits`."""
+    return last_logits(model, tokens, mask, past)[:, -1]
+
+
+def last_logits(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    past: Past | None = None,
+    *,
+    n: int = 1,
+) -> Float[Tensor, "batch last d_vocab"]:
+    """Logits behind the last ``n`` positions; ``past`` is added to.
 
     Args:
         model: A lens model.
         tokens: Tokens behind the past, padded on the left if at all.
         mask: 1 for a token, 0 for padding; TransformerLens would otherwise take an end-of-text token for padding.
         past: What has been run of the same sequences.
+        n: Positions, at most as many as are run.
     """
     if is_hooked_transformer(model):
         cache = {} if past is None else {"past_kv_cache": past.cache}
@@ -52,7 +72,7 @@ def forward(
             logits = model(tokens, attention_mask=mask, **cache)
     else:
         whole = mask if past is None else torch.cat([past.mask, mask], dim=1)
-        extra = {"logits_to_keep": 1} if _keeps_last_logits(model) else {}
+        extra = {"logits_to_keep": n} if _keeps_last_logits(model) else {}
         if takes(model, "use_cache"):
             extra |= {"use_cache": past is not None}
         if past is not None:
@@ -61,7 +81,7 @@ def forward(
             logits = model(tokens, attention_mask=whole, **extra)
     if past is not None:
         past.mask = torch.cat([past.mask, mask], dim=1)
-    return logits[:, -1]
+    return logits[:, -n:]
 
 
 @torch.inference_mode()

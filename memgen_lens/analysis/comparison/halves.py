@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import hypergeom, rankdata
 
-from memgen_lens.analysis.attribution.observational import correlation
+from memgen_lens.analysis.attribution.streaming import correlation
 from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.core import arguments as kinds

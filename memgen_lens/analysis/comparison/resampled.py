@@ -33,7 +33,7 @@ class PairSums:
     def rho(
         self, weights: Float[np.ndarray, "draw pair"], signs: Float[np.ndarray, "draw pair"] | None = None
     ) -> Float[np.ndarray, "draw neuron"]:
-        """Correlation with the label for each row of weights, as `attribution.observational.correlation` has it.
+        """Correlation with the label for each row of weights, as `attribution.streaming.correlation` has it.
 
         Args:
             weights: How often each pair counts, at least 0, not all 0.

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from sklearn.pipeline import Pipeline
 
-from memgen_lens.analysis.attribution.observational import attribute, correlation
+from memgen_lens.analysis.attribution.attribute import attribute
+from memgen_lens.analysis.attribution.streaming import correlation
 from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.analysis.probing.probes import fit_probes, score_probe
 from memgen_lens.analysis.recording.activations import record

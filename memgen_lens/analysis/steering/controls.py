@@ -45,7 +45,7 @@ def control_draws(steer: Steering, name: str, n: int, rng: np.random.Generator) 
             if name == "random_neurons":
                 chosen = rng.choice(len(row), size=count, replace=False)
             else:
-                chosen = np.argsort(np.abs(steer.scores.rho[layer]), kind="stable")[:count]
+                chosen = np.argsort(np.abs(steer.scores.score[layer]), kind="stable")[:count]
             selected[layer, chosen] = True
             source[layer, chosen] = rng.permutation(np.flatnonzero(row))
         draws.append(_moved(steer, selected, source))

@@ -16,7 +16,7 @@ from memgen_lens.core.stats import largest
 def strongest(
     scores: NeuronScores, top_fraction: float, layers: int | Sequence[int] | None, *, call: str
 ) -> Bool[np.ndarray, "layer neuron"]:
-    """The neurons with the largest abs(rho) over all layers, as far as they are in some layers.
+    """The neurons with the largest abs(score) over all layers, as far as they are in some layers.
 
     Args:
         scores: Scores of one site.
@@ -37,5 +37,5 @@ def strongest(
             fix="Change layers.",
         )
     count = max(1, round(top_fraction * scores.rho.size))
-    selected = largest(scores.rho.reshape(1, -1), count).reshape(scores.rho.shape)
+    selected = largest(scores.score.reshape(1, -1), count).reshape(scores.score.shape)
     return selected & np.isin(np.arange(n_layers), chosen)[:, None]

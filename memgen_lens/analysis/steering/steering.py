@@ -77,7 +77,7 @@ class Steering:
         layers: int | Sequence[int] | None = None,
         positions: Positions | None = None,
     ) -> "Steering":
-        """Steer the neurons with the largest abs(rho).
+        """Steer the neurons with the largest abs(score): of abs(rho), unless `attribute` was given another method.
 
         Args:
             scores: Scores of one site.

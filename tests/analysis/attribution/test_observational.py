@@ -11,7 +11,7 @@ from scipy.stats import false_discovery_control, pearsonr
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.attribution.observational import correlation, sign_flip_test
+from memgen_lens.analysis.attribution.streaming import correlation, sign_flip_test
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, SiteActivations
 

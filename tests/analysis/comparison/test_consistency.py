@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import fisher_exact, hypergeom, spearmanr
 
 import memgen_lens as mg
-from memgen_lens.analysis.attribution.observational import correlation
+from memgen_lens.analysis.attribution.streaming import correlation
 from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError

@@ -1,0 +1,295 @@
+"""Causal methods against hand-written loops, where they must be equal, and on a model whose deciding neuron is known."""
+
+import bridges
+import numpy as np
+import planted
+import pytest
+import torch
+from scipy.stats import spearmanr
+from transformer_lens.utilities import get_act_name
+
+import memgen_lens as mg
+from memgen_lens.analysis.attribution.contrast import answers_of
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
+from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
+from memgen_lens.models.tokens import tokenized
+
+GRADIENTS = [method for method in CAUSAL if method not in EXACT]
+QUICK = {"n_permutations": 0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def known():
+    return planted.build_model(), planted.prompt_pairs(20)
+
+
+@pytest.fixture(scope="module")
+def recalled(trained):
+    """Pairs of the small trained model, whose memorized answers have more tokens than one."""
+    pairs = mg.collect_pairs(trained.model, trained.task, seed=0, progress=False)
+    return trained.model, pairs.take(np.arange(12))
+
+
+def by_hand(model, item, hook, *, put=None, gradient=False):
+    """The contrast of one prompt, run whole, without a cache; or its gradient by what ``hook`` has at the prompt's end."""
+    tokenizer = model.tokenizer
+    prompt = model.to_tokens(item.prompt)
+    total, delta = 0.0, None
+    for sign, answer in ((1, item.memorized_answer), (-1, item.rule_answer)):
+        ids = torch.tensor([tokenizer.encode(answer, add_special_tokens=False)])
+        tokens = torch.cat([prompt, ids], dim=1)
+        last = prompt.shape[1] - 1
+
+        def change(activation, hook):
+            nonlocal delta
+            activation = activation.clone()
+            if put is not None:
+                put(activation, last)
+            if gradient:
+                if delta is None:
+                    delta = torch.zeros_like(activation[0, last], requires_grad=True)
+                activation[0, last] = activation[0, last] + delta
+            return activation
+
+        with model.hooks(fwd_hooks=[(hook, change)]):
+            logits = model(tokens, attention_mask=torch.ones_like(tokens))[0].log_softmax(-1)
+        total = total + sign * sum(logits[last + i, token] for i, token in enumerate(ids[0].tolist()))
+    return torch.autograd.grad(total, delta)[0] if gradient else total.detach()
+
+
+def neurons(model, prompt, hook):
+    seen = []
+    tokens = model.to_tokens(prompt)
+    with model.hooks(fwd_hooks=[(hook, lambda activation, hook: seen.append(activation[0, -1].detach()))]):
+        model(tokens, attention_mask=torch.ones_like(tokens))
+    return seen[0]
+
+
+# --- a model whose deciding neuron is known ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+def test_the_neuron_that_decides_makes_the_difference(known, method):
+    model, pairs = known
+    score = mg.attribute(model, pairs, "post", method=method, split=None, progress=False)
+    size = np.abs(score.score)
+    assert np.unravel_index(size.argmax(), size.shape) == (planted.LAYER, planted.NEURON)
+    assert score.score[planted.LAYER, planted.NEURON] > 0, "towards memorization"
+    assert size.max() > 20 * np.sort(size.ravel())[-2]
+    assert score.p_family[planted.LAYER, planted.NEURON] < 0.01
+    assert score.method == method and score.n_pairs == 20
+    assert mg.Steering.from_scores(score, planted.ONE_NEURON).selected[planted.LAYER, planted.NEURON]
+    assert not planted.hooks_on(model)
+
+
+def test_behind_the_last_nonlinearity_methods_are_one(known):
+    """In the last MLP of a model without norms, the contrast of one-token answers is linear in its neurons."""
+    model, pairs = known
+    found = {m: mg.attribute(model, pairs, "post", method=m, split=None, baseline="zero", **QUICK) for m in CAUSAL}
+    last = {method: scores.score[-1] for method, scores in found.items()}
+    for method in ("attribution_patching_ig", "patching"):
+        assert np.allclose(last[method], last["attribution_patching"], atol=1e-4), method
+    assert np.allclose(last["ablation"], last["integrated_gradients"], atol=1e-4)
+    unembed = model.W_U if hasattr(model, "W_U") else model.unembed.W_U
+    token = {text: model.tokenizer.convert_tokens_to_ids(text) for text in "rm"}
+    weight = model.blocks[-1].mlp.W_out @ (unembed[:, token["m"]] - unembed[:, token["r"]])
+    acts = mg.record(model, pairs, ["post"], progress=False)
+    mem, gen = acts.site("post").memorized[:, -1], acts.site("post").generalized[:, -1]
+    assert np.allclose(last["patching"], (mem - gen).mean(0) * weight.detach().numpy(), atol=1e-4)
+    assert np.allclose(last["ablation"], mem.mean(0) * weight.detach().numpy(), atol=1e-4)
+
+
+# --- against loops -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["post", "resid_mid", "z"])
+def test_gradients_of_answers_of_many_tokens_are_those_of_a_loop(recalled, site):
+    model, pairs = recalled
+    found = mg.attribute(model, pairs, site, method="attribution_patching", split=None, **QUICK).score
+    for layer in range(model.cfg.n_layers):
+        hook, expected = get_act_name(site, layer), 0
+        for mem, gen in zip(pairs.memorized, pairs.generalized, strict=True):
+            slope = sum(by_hand(model, item, hook, gradient=True) for item in (mem, gen)) / 2
+            expected = (
+                expected + (slope * (neurons(model, mem.prompt, hook) - neurons(model, gen.prompt, hook))).flatten()
+            )
+        expected = (expected / len(pairs)).numpy()
+        assert np.allclose(found[layer], expected, atol=1e-5 * np.abs(expected).max() + 1e-5)
+
+
+def test_exact_methods_are_those_of_a_loop(recalled):
+    model, pairs = recalled
+    some = np.full((model.cfg.n_layers, model.cfg.d_mlp), -1)
+    chosen = [(0, 3), (0, 40), (1, 3), (1, 100)]
+    for number, (layer, neuron) in enumerate(chosen):
+        some[layer, neuron] = number
+    how = {"split": None, "groups": some, **QUICK}
+    patched = mg.attribute(model, pairs, "post", method="patching", **how).score
+    zeroed = mg.attribute(model, pairs, "post", method="ablation", baseline="zero", **how).score
+    assert np.count_nonzero(patched) <= len(chosen) and not patched[some < 0].any()
+    for layer, neuron in chosen:
+        hook, patch, zero = get_act_name("post", layer), 0, 0
+
+        def value(to, neuron=neuron):
+            def put(activation, last):
+                activation[0, last, neuron] = to
+
+            return put
+
+        for mem, gen in zip(pairs.memorized, pairs.generalized, strict=True):
+            of_mem, of_gen = (neurons(model, item.prompt, hook)[neuron] for item in (mem, gen))
+            plain = [by_hand(model, item, hook) for item in (mem, gen)]
+            patch += by_hand(model, gen, hook, put=value(of_mem)) - plain[1]
+            patch += plain[0] - by_hand(model, mem, hook, put=value(of_gen))
+            zero += plain[0] - by_hand(model, mem, hook, put=value(0.0))
+        assert patched[layer, neuron] == pytest.approx(float(patch) / 2 / len(pairs), abs=1e-4)
+        assert zeroed[layer, neuron] == pytest.approx(float(zero) / len(pairs), abs=1e-4)
+
+
+def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalled):
+    model, pairs = recalled
+    how = {"method": "integrated_gradients", "split": None, **QUICK}
+    found = mg.attribute(model, pairs, "post", n_steps=200, **how).score
+    coarse = mg.attribute(model, pairs, "post", **how).score
+    layers = np.repeat(np.arange(model.cfg.n_layers)[:, None], model.cfg.d_mlp, axis=1)
+    whole = mg.attribute(
+        model, pairs, "post", method="ablation", baseline="zero", groups=layers, split=None, **QUICK
+    ).score
+    for layer in range(model.cfg.n_layers):
+        assert found[layer].sum() == pytest.approx(whole[layer, 0], rel=1e-3)
+        # Each relu that goes on or off on the way is a kink, which 20 points meet less well than 200.
+        assert coarse[layer].sum() == pytest.approx(whole[layer, 0], rel=1e-2)
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_batched_is_single(recalled, method):
+    model, pairs = recalled
+    many, single = (
+        mg.attribute(model, pairs, "post", method=method, split=None, batch_size=size, n_steps=5, **QUICK).score
+        for size in (None, 1)
+    )
+    assert np.allclose(many, single, atol=1e-5 * np.abs(single).max() + 1e-6)
+
+
+def test_the_linear_estimate_goes_along_with_the_exact_effect(recalled):
+    model, pairs = recalled
+    exact = mg.attribute(model, pairs, "post", method="patching", split=None, **QUICK).score
+    for method in ("attribution_patching", "attribution_patching_ig"):
+        estimate = mg.attribute(model, pairs, "post", method=method, split=None, **QUICK).score
+        assert spearmanr(estimate.ravel(), exact.ravel()).statistic > 0.6, method
+
+
+@pytest.mark.parametrize("kind", bridges.KINDS)
+def test_on_a_pretrained_model_gradients_are_those_of_raw_hooks(kind):
+    model = bridges.bridge(kind)
+    hf = bridges.hugging_face(kind)
+    texts = [f"{a}+{b * 2}=" for a in "abcd" for b in "efgh"]
+    pairs = mg.PromptPairs.from_strings(texts[:8], texts[8:], memorized_answers=["12"] * 8, rule_answers=["3"] * 8)
+    answers = answers_of(model, pairs, batch_size=8, call="here")
+    found = mg.attribute(model, pairs, "post", method="attribution_patching", split=None, **QUICK).score
+    blocks = hf.transformer.h if kind == "gpt2" else hf.model.layers
+    enters = [block.mlp.c_proj if kind == "gpt2" else block.mlp.down_proj for block in blocks]
+    expected = 0
+    for mem, gen, both in zip(pairs.memorized, pairs.generalized, answers, strict=True):
+        slopes, seen = [], []
+        for item in (mem, gen):
+            deltas = [torch.zeros(28 if kind != "gpt2" else 64, requires_grad=True) for _ in enters]
+            values, total = [], 0
+            for sign, ids in zip((1, -1), both, strict=True):
+                prompt = tokenized(model, [item.prompt])[0][0].tolist()
+                last = len(prompt) - 1
+
+                def add(module, inputs, layer, values=values, deltas=deltas, last=last):
+                    x = inputs[0].clone()
+                    values.append(x[0, last].detach())
+                    x[0, last] = x[0, last] + deltas[layer]
+                    return (x,)
+
+                handles = [
+                    part.register_forward_pre_hook(lambda m, x, layer=layer, add=add: add(m, x, layer))
+                    for layer, part in enumerate(enters)
+                ]
+                logits = hf(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+                for handle in handles:
+                    handle.remove()
+                total = total + sign * sum(logits[last + i, token] for i, token in enumerate(ids))
+            slopes.append(torch.stack(torch.autograd.grad(total, deltas)))
+            seen.append(torch.stack(values[: len(enters)]))
+        expected = expected + (slopes[0] + slopes[1]) / 2 * (seen[0] - seen[1])
+    expected = (expected / len(pairs)).numpy()
+    assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+# --- a user's own quantity and answers ---------------------------------------------------------------------------
+
+
+def test_a_metric_takes_the_place_of_the_answers(known):
+    model, _ = known
+    pairs = planted.prompt_pairs(20, answers=False)
+    token = {text: model.tokenizer.convert_tokens_to_ids(text) for text in "rm"}
+    seen = []
+
+    def metric(logits, items):
+        seen.append(len(items) == len(logits))
+        return 3 * (logits[:, token["m"]] - logits[:, token["r"]])
+
+    for method in ("attribution_patching", "patching"):
+        tripled = mg.attribute(model, pairs, "post", method=method, metric=metric, split=None, **QUICK).score
+        plain = mg.attribute(model, planted.prompt_pairs(20), "post", method=method, split=None, **QUICK).score
+        assert np.allclose(tripled, 3 * plain, atol=1e-3)
+    assert all(seen)
+
+
+def test_what_cannot_be_explained_is_refused(known):
+    model, pairs = known
+    with pytest.raises(PairsError, match=r"attribute: expected both answers of each pair; .*memorized_answers="):
+        mg.attribute(model, planted.prompt_pairs(20, answers=False), "post", method="patching", split=None, **QUICK)
+    how = {"site": "post", "split": None, **QUICK}
+    with pytest.raises(ModelError, match=r"a tensor of one number a row, \[\d+\]; received \[\d+, \d+\]"):
+        mg.attribute(model, pairs, method="patching", metric=lambda logits, items: logits, **how)
+    with pytest.raises(ModelError, match=r"received one without a gradient"):
+        mg.attribute(
+            model, pairs, method="attribution_patching", metric=lambda logits, items: logits.detach()[:, 0], **how
+        )
+    with pytest.raises(SettingsError, match=r"a number for each neuron of the site, 2x64, .*received 1x3"):
+        mg.attribute(model, pairs, method="patching", groups=[[1, 2, 3]], **how)
+    acts = mg.record(model, pairs, ["post"], progress=False)
+    with pytest.raises(
+        SettingsError, match=r"attribute\(model, pairs, site, method='patching'\).*recorded activations"
+    ):
+        mg.attribute(acts, "post", method="patching")
+    with pytest.raises(SettingsError, match=r"expected attribute\(model, pairs, site"):
+        mg.attribute(model, "post")
+    with pytest.raises(SiteError):
+        mg.attribute(model, pairs, "nowhere", method="ablation", split=None)
+    assert not planted.hooks_on(model)
+
+
+def test_an_answer_is_spelled_as_the_model_spells_it():
+    model = bridges.bridge("llama")
+    texts = [f"{a}+{b}=" for a in "abcd" for b in "efgh"][:10]
+    pairs = mg.PromptPairs.from_strings(texts, texts[::-1], memorized_answers=["1"] * 10, rule_answers=["2"] * 10)
+    found = answers_of(model, pairs, batch_size=4, call="here")
+    space, one = (model.tokenizer.convert_tokens_to_ids(text) for text in (" ", "1"))
+    for item, (memorized, _) in zip(pairs.memorized, found, strict=True):
+        tokens, _ = tokenized(model, [item.prompt])
+        logits = model(tokens, attention_mask=torch.ones_like(tokens))[0, -1]
+        assert memorized == ([space, one] if logits[space] > logits[one] else [one])
+    assert len({len(memorized) for memorized, _ in found}) == 2, "both spellings occur"
+
+
+def test_ablation_by_another_items_value_and_by_the_mean(known):
+    model, pairs = known
+    acts = mg.record(model, pairs, ["post"], progress=False).site("post")
+    both = np.concatenate([acts.memorized, acts.generalized])
+    how = {"method": "ablation", "split": None, **QUICK}
+    zero = mg.attribute(model, pairs, "post", baseline="zero", **how).score[-1]
+    mean = mg.attribute(model, pairs, "post", baseline="mean", **how).score[-1]
+    # Linear: what is lost is proportional to how far the value is moved.
+    size = acts.memorized[:, -1].mean(0)
+    moved = size - both[:, -1].mean(0)
+    there = np.abs(size) > 1e-3
+    assert np.allclose(mean[there], (zero * moved / np.where(there, size, 1))[there], atol=1e-3)
+    drawn = [mg.attribute(model, pairs, "post", baseline="resample", seed=seed, **how).score for seed in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    assert abs(drawn[0][planted.LAYER, planted.NEURON]) < 0.2 * zero[planted.NEURON], "the marker fires on all items"
