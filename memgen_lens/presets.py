@@ -104,7 +104,7 @@ _CIPHERTEXT = ExperimentConfig(
 _INFERENCE = ExperimentConfig(
     preset="inference",
     about="stories that give four names a colour each; some carry a colour they do not imply, and nothing tells which",
-    measured="not measured on an idle machine",
+    measured="two to four minutes on two CPU cores with bfloat16 (2026-11-27)",
     # With 6 names looking one up is learned within 500 steps, with 12 by some seeds in more than 2,000.
     task=InContextInference(n_names=6, n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2),
     train=TrainConfig(

@@ -226,7 +226,22 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "collect_pairs": lambda w: good(
         mg.collect_pairs, model=w.trained.model, task=w.task, seed=0, shares=(0.4, 0.2), batch_size=64, **QUIET
     ),
-    "attribute": lambda w: good(mg.attribute, acts=w.acts, site="post", split="select", n_permutations=0, seed=0),
+    "attribute": lambda w: good(
+        mg.attribute,
+        source=w.model,
+        pairs=w.pairs,
+        site="post",
+        method="attribution_patching",
+        split="tune",
+        n_permutations=0,
+        seed=0,
+        metric=None,
+        baseline="mean",
+        n_steps=2,
+        groups=None,
+        batch_size=64,
+        **QUIET,
+    ),
     "attribute_streaming": lambda w: good(
         mg.attribute_streaming,
         model=w.model,

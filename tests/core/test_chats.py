@@ -1,5 +1,5 @@
-import planted
 import numpy as np
+import planted
 import pytest
 
 import memgen_lens as mg

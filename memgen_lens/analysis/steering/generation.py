@@ -61,16 +61,23 @@ def steered_outputs(
         ModelError: The model is compiled or no lens model.
     """
     require_lens_model(model, call="steering")
+    # A prompt with several rephrasings stands in several pairs, and says the same in all of them, unless it is patched.
+    patched = pairs is not None and any(steering.setting.mode == "patch" for steering in steerings)
+    keys = list(zip(prompts, np.asarray(pairs).tolist(), strict=True)) if patched else list(prompts)
+    distinct = {key: place for place, key in reversed(list(enumerate(keys)))}
+    kept = sorted(distinct.values())
+    some = [prompts[place] for place in kept]
+    sources = None if pairs is None else np.asarray(pairs)[kept]
     outputs = [[""] * len(prompts) for _ in steerings]
-    asked = _Asked(model, prompts, steerings, toward, pairs, max_new_tokens, batch_size, prepend_bos, use_cache)
-    with progress_bar(len(prompts) * len(steerings), "steering", shown=progress) as bar:
+    asked = _Asked(model, some, steerings, toward, sources, max_new_tokens, batch_size, prepend_bos, use_cache)
+    with progress_bar(len(some) * len(steerings), "steering", shown=progress) as bar:
         for index, members, new in asked.completed():
             texts = iter(decode(model, new))
             for i in members:
                 for prompt in index:
-                    outputs[i][prompt] = next(texts)
+                    outputs[i][kept[prompt]] = next(texts)
             bar.update(len(index) * len(members))
-    return outputs
+    return [[said[distinct[key]] for key in keys] for said in outputs]
 
 
 Completed = tuple[Sequence[int], Sequence[int], Int[Tensor, "row new"]]

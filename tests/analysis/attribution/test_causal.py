@@ -1,4 +1,4 @@
-"""Causal methods against hand-written loops, where they must be equal, and on a model whose deciding neuron is known."""
+"""Causal methods against hand-written loops, where they are equal, and on a model whose deciding neuron is known."""
 
 import bridges
 import numpy as np
@@ -31,30 +31,27 @@ def recalled(trained):
 
 
 def by_hand(model, item, hook, *, put=None, gradient=False):
-    """The contrast of one prompt, run whole, without a cache; or its gradient by what ``hook`` has at the prompt's end."""
-    tokenizer = model.tokenizer
+    """The contrast of one prompt, run whole and without a cache, or its gradient by what ``hook`` has at its end."""
     prompt = model.to_tokens(item.prompt)
-    total, delta = 0.0, None
+    last, total = prompt.shape[1] - 1, 0.0
+    deltas = []
+
+    def change(activation, hook):
+        activation = activation.clone()
+        if put is not None:
+            put(activation, last)
+        if gradient:
+            deltas[:] = deltas or [torch.zeros_like(activation[0, last], requires_grad=True)]
+            activation[0, last] = activation[0, last] + deltas[0]
+        return activation
+
     for sign, answer in ((1, item.memorized_answer), (-1, item.rule_answer)):
-        ids = torch.tensor([tokenizer.encode(answer, add_special_tokens=False)])
-        tokens = torch.cat([prompt, ids], dim=1)
-        last = prompt.shape[1] - 1
-
-        def change(activation, hook):
-            nonlocal delta
-            activation = activation.clone()
-            if put is not None:
-                put(activation, last)
-            if gradient:
-                if delta is None:
-                    delta = torch.zeros_like(activation[0, last], requires_grad=True)
-                activation[0, last] = activation[0, last] + delta
-            return activation
-
+        ids = model.tokenizer.encode(answer, add_special_tokens=False)
+        tokens = torch.cat([prompt, torch.tensor([ids])], dim=1)
         with model.hooks(fwd_hooks=[(hook, change)]):
             logits = model(tokens, attention_mask=torch.ones_like(tokens))[0].log_softmax(-1)
-        total = total + sign * sum(logits[last + i, token] for i, token in enumerate(ids[0].tolist()))
-    return torch.autograd.grad(total, delta)[0] if gradient else total.detach()
+        total = total + sign * sum(logits[last + i, token] for i, token in enumerate(ids))
+    return torch.autograd.grad(total, deltas[0])[0] if gradient else total.detach()
 
 
 def neurons(model, prompt, hook):

@@ -12,11 +12,13 @@ from transformer_lens import TransformerLensKeyValueCache
 from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
+from memgen_lens.analysis.steering import generation
 from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.analysis.steering.steering import Steering, steering_hooks
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.models.passes import At
+from memgen_lens.models.tokens import decode
 
 SIGN = {"memorization": 1.0, "generalization": -1.0}
 BOTH_WAYS = pytest.mark.parametrize("toward", ["generalization", "memorization"])
@@ -415,6 +417,31 @@ def test_patches_from_two_sources_ride_apart(known):
         pairs=np.arange(60),
     )
     assert outputs == [[planted.RULE] * 60, [planted.MEMORY] * 60]
+
+
+def test_a_prompt_of_several_pairs_is_run_once_unless_it_is_patched(known, monkeypatch):
+    run = []
+    monkeypatch.setattr(generation, "decode", lambda model, new: run.append(len(new)) or decode(model, new))
+    prompts = [item.prompt for item in known.pairs.memorized[:4]] * 3
+    how = {"toward": "generalization", "max_new_tokens": 3, "pairs": np.arange(12)}
+    shift = Steering.from_scores(known.score, top_fraction=planted.ONE_NEURON, alpha=2.0)
+    assert steered_outputs(known.model, prompts, [shift], **how) == [[planted.RULE] * 12]
+    assert sum(run) == 4
+    run.clear()
+    turned = mg.record(
+        known.model,
+        mg.PromptPairs.from_strings(
+            memorized=[item.prompt for item in known.pairs.memorized],
+            # What is patched in: from prompts that compute, but from pair 4 on from ones that recall.
+            generalized=[
+                (known.pairs.generalized if place < 4 else known.pairs.memorized)[place].prompt for place in range(60)
+            ],
+        ),
+        ["post"],
+    )
+    patch = Steering.from_scores(known.score, top_fraction=planted.ONE_NEURON, mode="patch", source=turned)
+    outputs = steered_outputs(known.model, prompts, [patch], **how)
+    assert outputs == [[planted.RULE] * 4 + [planted.MEMORY] * 8] and sum(run) == 12
 
 
 def test_rows_that_do_not_divide_into_the_steerings_are_refused(known):
