@@ -117,7 +117,7 @@ _INFERENCE = ExperimentConfig(
         eval_every=500,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(fitted=("clusters", "low_rank")),
+    analysis=AnalysisConfig(toward="generalization", fitted=("clusters", "low_rank")),
 )
 
 _INFERENCE_CUED = ExperimentConfig(
@@ -220,8 +220,7 @@ _SMOLLM2 = ExperimentConfig(
         top_fractions=(0.1, 0.3, 1.0),
         alphas=(0.5, 1.0, 2.0),
         positions=("prompt",),
-        fitted=("low_rank",),
-        fitted_sizes=(16,),
+        toward="generalization",
     ),
 )
 
@@ -240,7 +239,7 @@ _LLAMA = _SMOLLM2.but(
     train=FinetuneConfig(
         max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
     ),
-    analysis=AnalysisConfig(),
+    analysis=AnalysisConfig(toward="generalization"),
 )
 
 PRESETS: dict[str, ExperimentConfig] = {

@@ -75,7 +75,7 @@ def steer(
             model,
             task,
             pairs,
-            _steering(choose_setting(swept).setting, scores, acts, seed=config.seed),
+            _steering(choose_setting(swept, toward=analysis.toward).setting, scores, acts, seed=config.seed),
             n_controls=analysis.n_controls,
             seed=config.seed,
             **how,

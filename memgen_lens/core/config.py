@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened, suggest
-from memgen_lens.core.types import FittedKind, Positions
+from memgen_lens.core.types import Direction, FittedKind, Positions
 
 MAX_SEED = 2**32 - 1
 """Largest seed that numpy takes."""
@@ -274,6 +274,9 @@ class AnalysisConfig(Settings):
     """Multiples of abs(NMD) to try, each above 0."""
     positions: tuple[Positions, ...] = Field(("answer", "prompt"), min_length=1)
     """Where to try the shift: from the answer position on, at it alone, or at every position."""
+    toward: Direction | None = None
+    """Direction that steering is chosen for; none = both, summed up. Where the answers of different items have nothing
+    in common, no shared shift brings a memory back, and of both directions "nothing happens" may come out best."""
     fitted: tuple[FittedKind, ...] = ()
     """Rules fitted on ``select`` and reported beside the shift: what they add depends on the activation of a row."""
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)

@@ -75,6 +75,7 @@ def render(run: RunContents) -> str:
         halves=run.halves.summary() if run.halves is not None else None,
         steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
         sweep_rows=_best_rows(run),
+        toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
         settings=_settings(run.config),
         colors=BEHAVIOR_COLORS,
         plotlyjs=get_plotlyjs(),
