@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
+from memgen_lens.analysis.attribution import contrast
 from memgen_lens.analysis.attribution.contrast import answers_of
 from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
@@ -159,13 +160,25 @@ def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalle
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
-def test_batched_is_single(recalled, method):
-    model, pairs = recalled
+@pytest.mark.parametrize("which", ["answers of many tokens", "prompts of many lengths"])
+def test_batched_is_single(recalled, known, method, which):
+    model, pairs = recalled if which == "answers of many tokens" else known
     many, single = (
         mg.attribute(model, pairs, "post", method=method, split=None, batch_size=size, n_steps=5, **QUICK).score
         for size in (None, 1)
     )
     assert np.allclose(many, single, atol=1e-5 * np.abs(single).max() + 1e-6)
+
+
+@pytest.mark.parametrize("method", ["attribution_patching", "integrated_gradients", "ablation"])
+def test_a_model_that_keeps_no_past_gives_the_same(recalled, method, monkeypatch):
+    model, pairs = recalled
+    groups = np.repeat(np.arange(model.cfg.n_layers)[:, None], model.cfg.d_mlp, axis=1) if method in EXACT else None
+    how = {"method": method, "split": None, "groups": groups, "n_steps": 5, **QUICK}
+    cached = mg.attribute(model, pairs, "post", **how).score
+    monkeypatch.setattr(contrast, "run_before", lambda *args: None)
+    whole = mg.attribute(model, pairs, "post", **how).score
+    assert np.allclose(cached, whole, atol=1e-5 * np.abs(whole).max() + 1e-6)
 
 
 def test_the_linear_estimate_goes_along_with_the_exact_effect(recalled):
