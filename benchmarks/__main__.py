@@ -9,13 +9,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, null, pretrained, probes, startup, steering, training, tuning, waiting
+from benchmarks import attribution, causal, null, pretrained, probes, startup, steering, training, tuning, waiting
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
 ROWS = {
     "training": training.rows,
     "attribution": attribution.rows,
+    "causal": causal.rows,
     "steering": steering.rows,
     "probes": probes.rows,
     "pretrained": pretrained.rows,

@@ -28,7 +28,7 @@ def rows() -> list[Row]:
 
 def ours(n_prompts: int) -> Run:
     """`attribute_streaming` without the permutation test, which the others do not have."""
-    model, pairs = _hooked(_hugging_face()), _pairs(n_prompts)
+    model, pairs = hooked(hugging_face()), _pairs(n_prompts)
 
     def run() -> np.ndarray:
         return mg.attribute_streaming(model, pairs, ["post"], split=None, n_permutations=0)["post"].nmd
@@ -38,7 +38,7 @@ def ours(n_prompts: int) -> Run:
 
 def cache_everything(n_prompts: int) -> Run:
     """TransformerLens' cache of every activation, batch by batch; the neurons at the last position are kept."""
-    model, pairs = _hooked(_hugging_face()), _pairs(n_prompts)
+    model, pairs = hooked(hugging_face()), _pairs(n_prompts)
 
     def last(prompts: list[str]) -> np.ndarray:
         kept = []
@@ -60,7 +60,7 @@ def steering_vectors(n_prompts: int) -> Run:
     """The package `steering-vectors` on the same weights in Hugging Face's GPT-2, right padding."""
     from steering_vectors import train_steering_vector
 
-    model, pairs = _hugging_face(), _pairs(n_prompts)
+    model, pairs = hugging_face(), _pairs(n_prompts)
     tokenizer = mg.tasks.Addition(n_digits=4).tokenizer
     tokenizer.padding_side = "right"
     samples = [(mem.prompt, gen.prompt) for mem, gen in zip(pairs.memorized, pairs.generalized, strict=True)]
@@ -82,7 +82,8 @@ def _pairs(n_prompts: int) -> mg.PromptPairs:
     return mg.PromptPairs.from_strings(*sides)
 
 
-def _hugging_face() -> Any:
+def hugging_face() -> Any:
+    """A random GPT-2 of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -94,7 +95,7 @@ def _hugging_face() -> Any:
     return model.eval()
 
 
-def _hooked(model: Any) -> Any:
+def hooked(model: Any) -> Any:
     """The same weights as a HookedTransformer."""
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
@@ -103,7 +104,7 @@ def _hooked(model: Any) -> Any:
     config = mg.ModelConfig(
         n_layers=N_LAYERS, d_model=WIDTH, n_heads=N_HEADS, d_mlp=4 * WIDTH, act_fn="gelu_new", normalization_type="LN"
     )
-    hooked = build_model(config, mg.tasks.Addition(n_digits=4).tokenizer, n_ctx=24, seed=0)
-    weights = convert_gpt2_weights(model, hooked.cfg)
-    hooked.load_state_dict({**hooked.state_dict(), **weights})
-    return hooked.eval()
+    made = build_model(config, mg.tasks.Addition(n_digits=4).tokenizer, n_ctx=24, seed=0)
+    weights = convert_gpt2_weights(model, made.cfg)
+    made.load_state_dict({**made.state_dict(), **weights})
+    return made.eval()
