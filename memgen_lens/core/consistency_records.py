@@ -119,12 +119,12 @@ class AdapterConsistency:
         models: What tells the models apart.
         top_fraction: Share of the site's neurons in a top set.
         n_permutations: Permutations of the neuron index behind each p.
-        n_neurons: Neurons compared: those whose rho is not 0 in either model.
+        n_neurons: Neurons compared: those whose score is not 0 in either model.
         overlap: Share of the (smaller) top set that both have, in [0, 1].
         overlap_expected: The same of random sets drawn from all neurons.
         overlap_expected_within_layers: The same of random sets with as many neurons in each layer.
         overlap_p: Share of permutations with as much overlap or more.
-        rank_correlation: Spearman correlation of the models' rho, in [-1, 1].
+        rank_correlation: Spearman correlation of the models' scores, in [-1, 1].
         rank_correlation_expected: Its mean over the permutations.
         rank_correlation_p: Share of permutations with as high a correlation or higher.
     """

@@ -141,6 +141,14 @@ def with_adapters(hf: Any, config: FinetuneConfig) -> Any:
         layers_to_transform=list(config.layers) or None,
         task_type="CAUSAL_LM",
     )
+    head = next(name for name, part in hf.named_modules() if part is hf.get_output_embeddings()).rpartition(".")[2]
+    if head in config.targets:
+        raise ModelError(
+            "finetune",
+            expected="layers inside the blocks as targets",
+            received=f"targets={config.targets!r}, of which {head} is the output embedding",
+            fix=f"Leave {head} out: logits are made where there are labels alone, and it may be tied to the embedding.",
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it for GPT-2 by itself

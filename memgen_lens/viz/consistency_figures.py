@@ -142,7 +142,7 @@ def seed_profiles(result: SeedConsistency) -> go.Figure:
     result=kinds.one(AdapterConsistency),
 )
 def adapter_overlap(result: AdapterConsistency) -> go.Figure:
-    """How far models tuned from one pretrained model have the same neurons: overlap of top sets, correlation of rho.
+    """How far models tuned from one pretrained model have the same neurons: overlap of top sets, correlation of scores.
 
     ``chance`` is the mean overlap of random sets with as many neurons in each layer; hovering shows p, too.
 
@@ -163,7 +163,7 @@ def adapter_overlap(result: AdapterConsistency) -> go.Figure:
         for i in range(n)
     ]
     rank = [[_text(result.rank_correlation[i, j], ".2f") for j in range(n)] for i in range(n)]
-    panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of rho")
+    panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of scores")
     figure = _panels(panels)
     hover = _cells(result.models, under("by chance within layers", chance, result.overlap_p), join="and")
     _draw(figure, result.overlap, share, hover, "overlap", sequential(SITE_COLORS[0]), (0.0, 1.0), 1)

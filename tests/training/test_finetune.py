@@ -309,6 +309,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_leaves_no_model(tmp_path):
     ("changes", "message"),
     [
         ({"targets": ("nowhere",)}, r"received targets=.*nowhere.* Its linear layers are down_proj, gate_proj"),
+        ({"targets": ("lm_head",)}, r"expected layers inside the blocks.*lm_head is the output embedding"),
         ({"layers": (7,)}, r"expected linear layers of LlamaForCausalLM.*layers=\(7,\)"),
     ],
 )  # fmt: skip

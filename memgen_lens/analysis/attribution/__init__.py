@@ -1,1 +1,1 @@
-"""Which neurons differ between the two behaviours."""
+"""Which neurons differ between the two behaviours, and which make the difference."""

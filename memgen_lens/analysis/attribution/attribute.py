@@ -3,18 +3,18 @@
 Does not compute a method: see `methods` (on recorded activations) and `causal` (on a model).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import BeforeValidator
 
-from memgen_lens.analysis.attribution.causal import Baseline, Effects, Explainer, Sides
-from memgen_lens.analysis.attribution.contrast import Answers, Contrast, Metric, answers_of
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, Method, observed
+from memgen_lens.analysis.attribution.causal import Baseline
+from memgen_lens.analysis.attribution.contrast import Metric
+from memgen_lens.analysis.attribution.effects import CALL, explained
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH, Method, observed
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.attribution.streaming import (
     PAIRS_A_BLOCK,
@@ -26,20 +26,17 @@ from memgen_lens.analysis.attribution.streaming import (
 )
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.finite import require_finite
-from memgen_lens.analysis.recording.reading import recorded_blocks
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import PairsError, SettingsError
+from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.pairs import PairSplit, PromptPairs
-from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.types import LensModel
 from memgen_lens.models.guard import require_lens_model
-from memgen_lens.models.sites import site_hooks
 
-CALL = "attribute"
 PROMPTS_AT_ONCE = 256
-"""Prompts of one forward pass of a causal method, where no number is asked for."""
+"""Prompts that a causal method runs together, where no number is asked for."""
+DEFAULT_STEPS = 20
 
 
 def _source(value: Any) -> Any:
@@ -71,8 +68,8 @@ def _groups(value: Any) -> Any:
     n_permutations=kinds.Number0,
     seed=kinds.Seed,
     metric=kinds.Callback | None,
-    baseline=Literal["zero", "mean", "resample"],
-    n_steps=kinds.Count,
+    baseline=Literal["zero", "mean", "resample"] | None,
+    n_steps=kinds.Count | None,
     groups=Annotated[Any, BeforeValidator(_groups)],
     batch_size=kinds.Count | None,
     progress=kinds.Flag,
@@ -87,8 +84,8 @@ def attribute(
     n_permutations: int = 1000,
     seed: int = 0,
     metric: Metric | None = None,
-    baseline: Baseline = "mean",
-    n_steps: int = 20,
+    baseline: Baseline | None = None,
+    n_steps: int | None = None,
     groups: Int[np.ndarray, "layer neuron"] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -139,13 +136,15 @@ def attribute(
         split: Pairs to score on; ``"select"`` keeps ``tune`` and ``test`` untouched. None = all pairs.
         n_permutations: Sign flips, at least 1,000; p-values are at least ``1 / (n_permutations + 1)``. 0 = no test.
         seed: Seed of the sign flips, and of what is resampled.
-        metric: In place of the contrast: a function of logits ``[row, d_vocab]`` behind the prompts and the rows'
-            items, that gives one number a row; by torch, so that gradients pass.
-        baseline: What stands for an ablated neuron.
-        n_steps: Points of a path (``"attribution_patching_ig"``, ``"integrated_gradients"``).
+        metric: With a causal method, in place of the contrast: a function of logits ``[row, d_vocab]`` behind the
+            prompts and the rows' items, that gives one number a row; by torch, so that gradients pass.
+        baseline: With ``"ablation"``, what stands for a neuron: ``"mean"`` (the default), ``"zero"``, ``"resample"``
+            (for which the memorized side's activations are kept).
+        n_steps: With ``"attribution_patching_ig"`` and ``"integrated_gradients"``, points of a path; default 20.
         groups: With an exact method, neurons that share a number are changed together and share the effect; those below
             0 are left alone and score 0. Default: each neuron on its own.
-        batch_size: Prompts in one forward pass; by default as many as memory is kept for.
+        batch_size: Prompts that run together at most, by default 256; fewer where logits would outgrow 512 MB. A causal
+            method runs several copies of them at once as far as there is room.
         progress: Show a bar over what takes longer than two seconds.
 
     Returns:
@@ -156,12 +155,15 @@ def attribute(
         SiteError: The site is unknown, was not recorded, or lies where a prompt's last token does not pass.
         PairsError: The split holds fewer than 8 pairs, or a pair lacks an answer.
         ModelError: The metric cannot be used.
-        SettingsError: Fewer than 1,000 permutations, groups of another shape, or what makes no call.
+        SettingsError: Fewer than 1,000 permutations, groups of another shape, what makes no call, or an argument that
+            the method does not use.
     """
     require_permutations(CALL, n_permutations)
+    _require_used(method, metric=metric, baseline=baseline, n_steps=n_steps, groups=groups)
     if isinstance(source, Activations):
-        site = pairs if isinstance(pairs, str) and site is None else site
-        if isinstance(pairs, PromptPairs) or site is None or method in CAUSAL:
+        twice = pairs is not None and site is not None
+        site = pairs if isinstance(pairs, str) else site
+        if twice or isinstance(pairs, PromptPairs) or site is None or method in CAUSAL:
             raise _wrong_call(method, "recorded activations")
         return _of_activations(source, site, method, split, n_permutations, seed)
     if not isinstance(pairs, PromptPairs) or site is None:
@@ -169,80 +171,20 @@ def attribute(
     if method not in CAUSAL:
         acts = record(source, pairs, [site], batch_size=batch_size, progress=progress)
         return _of_activations(acts, site, method, split, n_permutations, seed)
-    index = by_item(pairs, pairs_of(pairs, split, call=CALL))
-    scored = pairs.take(index)
-    hooks = site_hooks(source, site)
-    at_once = batch_size or PROMPTS_AT_ONCE
-    answers: Answers = (
-        [([0], [0])] * len(scored) if metric else answers_of(source, scored, batch_size=at_once, call=CALL)
-    )
-    moments, effects = (PairMoments(n_permutations=n, seed=seed) for n in (0, n_permutations))
-    ablated = _Ablated(baseline, seed) if method == "ablation" else None
-    if ablated and baseline == "mean":
-        ablated.mean = _mean(source, scored, site, batch_size)
-    how = {"batch_size": 2 * at_once, "call": CALL}
-    n_runs = 0
-    if method in EXACT:
-        first = next(recorded_blocks(source, scored.take(np.array([0])), [site], **how))
-        shape = first.sides[site].shape[2:]
-        _require_shape(groups, shape)
-        n_groups = int(np.prod(shape)) if groups is None else len(np.unique(groups[groups >= 0]))
-        n_runs = n_groups * len(scored) * (2 if method == "patching" else 1)
-    with progress_bar(n_runs or len(scored), f"{method} of {site}", shown=progress) as bar:
-        explainer = Explainer(
-            Contrast(source, metric), hooks, at_once, n_steps, groups, bar.update if n_runs else lambda n: None
+    how = {"split": split, "n_permutations": n_permutations, "seed": seed, "batch_size": batch_size or PROMPTS_AT_ONCE}
+    with torch.inference_mode(False):  # where the caller keeps no gradients, ours are
+        return explained(
+            source,
+            pairs,
+            site,
+            method,
+            metric=metric,
+            baseline=baseline or "mean",
+            n_steps=n_steps or DEFAULT_STEPS,
+            groups=groups,
+            progress=progress,
+            **how,
         )
-        shape = ()
-        for block in recorded_blocks(source, scored, [site], **how):
-            rows = slice(block.first, block.first + block.tokens.shape[1])
-            mem, gen = block.sides[site]
-            shape = mem.shape[1:]
-            some = scored.take(np.arange(rows.start, rows.stop))
-            sides = Sides(
-                some, answers[rows], *(torch.from_numpy(side.copy()).to(_device(source)) for side in (mem, gen))
-            )
-            found = _effects(explainer, method, sides, ablated)
-            require_finite(CALL, f"effects at {site}", [found, found], some)  # of both prompts of a pair
-            moments.add(mem, gen)
-            effects.add(found, np.zeros_like(found), some.item)
-            bar.update(0 if n_runs else len(some))
-    score = effects.nmd.reshape(shape)
-    return scores_of(site, moments, shape, count_items(pairs, index), method, score, effects)
-
-
-class _Ablated:
-    """What stands for ablated neurons."""
-
-    def __init__(self, baseline: Baseline, seed: int) -> None:
-        self.baseline, self.rng = baseline, np.random.default_rng(seed)
-        self.mean: Any = None
-
-    def values(self, sides: Sides) -> torch.Tensor:
-        if self.baseline == "zero":
-            return torch.zeros_like(sides.memorized)
-        if self.baseline == "mean":
-            return torch.from_numpy(self.mean).to(sides.memorized).expand_as(sides.memorized)
-        return sides.memorized[torch.from_numpy(self._others(sides.pairs.item)).to(sides.memorized.device)]
-
-    def _others(self, items: Int[np.ndarray, " pair"]) -> Int[np.ndarray, " pair"]:
-        """For each pair, one of another item, drawn at random among those that are run with it."""
-        places = np.arange(len(items))
-        others = [places[items != item] for item in items]
-        if not all(map(len, others)):
-            raise PairsError(
-                f"{CALL}(method='ablation', baseline='resample')",
-                expected="pairs of at least two items to draw from",
-                received="one item",
-                fix="Raise batch_size, or use baseline='mean'.",
-            )
-        return np.array([self.rng.choice(there) for there in others])
-
-
-def _effects(explainer: Explainer, method: str, sides: Sides, ablated: _Ablated | None) -> Effects:
-    if ablated is not None:
-        return explainer.ablation(sides, ablated.values(sides))
-    found: Callable[[Sides], Effects] = getattr(explainer, method)
-    return found(sides)
 
 
 def _of_activations(
@@ -265,27 +207,22 @@ def _of_activations(
     )
 
 
-def _mean(model: LensModel, pairs: PromptPairs, site: str, batch_size: int | None) -> Float[np.ndarray, "layer neuron"]:
-    """Mean activation over both sides."""
-    total, shape = 0.0, ()
-    for block in recorded_blocks(model, pairs, [site], batch_size=batch_size, call=CALL):
-        shape = block.sides[site].shape[2:]
-        total = total + block.sides[site].astype(np.float64).sum((0, 1))
-    return (np.asarray(total).reshape(shape) / (2 * len(pairs))).astype(np.float32)
-
-
-def _device(model: LensModel) -> torch.device:
-    return next(iter(model.parameters())).device
-
-
-def _require_shape(groups: Any, shape: tuple[int, ...]) -> None:
-    if groups is not None and (groups.shape != shape or (groups < 0).all()):
-        raise SettingsError(
-            f"{CALL}(groups=...)",
-            expected=f"a number for each neuron of the site, {'x'.join(map(str, shape))}, one of them 0 or more",
-            received=f"{'x'.join(map(str, groups.shape))}, the largest {groups.max()}",
-            fix="Number the neurons, those that are changed together alike.",
-        )
+def _require_used(method: str, **given: Any) -> None:
+    """Refuse what a method would ignore."""
+    users: dict[str, tuple[str, ...]] = {
+        "metric": CAUSAL,
+        "baseline": ("ablation",),
+        "n_steps": ON_A_PATH,
+        "groups": EXACT,
+    }
+    for name, value in given.items():
+        if value is not None and method not in users[name]:
+            raise SettingsError(
+                f"{CALL}({name}=...)",
+                expected=f"method={' or '.join(map(repr, users[name]))}",
+                received=f"method={method!r}, which does not use it",
+                fix=f"Leave {name} out, or choose another method.",
+            )
 
 
 def _wrong_call(method: str, given: str) -> SettingsError:

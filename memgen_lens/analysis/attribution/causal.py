@@ -1,6 +1,6 @@
 """Which neurons make the difference to the answer? Causal methods, pair by pair.
 
-Does not test nor rank: `methods` makes scores of what each pair says.
+Does not test nor rank: `attribute` makes scores of what each pair says.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memgen_lens.analysis.attribution.contrast import Answers, Asked, Contrast
-from memgen_lens.analysis.attribution.interventions import changed, gradients, path_gradients
+from memgen_lens.analysis.attribution.answers import Answers
+from memgen_lens.analysis.attribution.contrast import Asked, Contrast
+from memgen_lens.analysis.attribution.interventions import changes, gradients, path_gradients
 from memgen_lens.core.pairs import PromptPairs
 
 Baseline = Literal["zero", "mean", "resample"]
@@ -112,11 +113,10 @@ class Explainer:
         groups = [numbers == number for number in kept if number >= 0]
 
         def found(asked: Asked, rows: Tensor) -> Tensor:
-            with torch.inference_mode():
-                before = self.contrast.of(asked)[0]
-                after = changed(self.contrast, asked, self.hooks, values[rows], groups, self.done)
-                change = torch.cat([torch.zeros_like(after[:, : len(kept) - len(groups)]), after - before[:, None]], 1)
-                return change[:, torch.from_numpy(places.reshape(shape)).to(change.device)]
+            change = changes(self.contrast, asked, self.hooks, values[rows], groups, self.done)
+            # Numbers below 0 are sorted before all others: neurons that are left alone.
+            change = torch.cat([torch.zeros_like(change[:, :1]).expand(-1, len(kept) - len(groups)), change], dim=1)
+            return change[:, torch.from_numpy(places.reshape(shape)).to(change.device)]
 
         return self._asked(sides, side, found)
 

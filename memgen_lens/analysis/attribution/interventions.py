@@ -32,7 +32,7 @@ def gradients(contrast: Contrast, asked: Asked, hooks: Sequence[str]) -> Values:
 
         return add
 
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         value = contrast.of(asked, [(name, adding(name)) for name in hooks])
         _require_reached(hooks, deltas)
         found = _grad(value.sum(), [deltas[name] for name in hooks], hooks)
@@ -62,7 +62,7 @@ def path_gradients(
                     seen.append(_for_rows(placed, rows).requires_grad_())
                 return _put(activation, seen[0], asked)
 
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 value = contrast.of(asked, [(name, put)], copies=len(part))
                 _require_reached([name], {name: None} if seen else {})
                 (found,) = _grad(value.sum(), seen, [name])
@@ -72,8 +72,8 @@ def path_gradients(
     return torch.stack(means, dim=1)
 
 
-@torch.inference_mode()
-def changed(
+@torch.no_grad()
+def changes(
     contrast: Contrast,
     asked: Asked,
     hooks: Sequence[str],
@@ -81,7 +81,7 @@ def changed(
     groups: Sequence[Bool[np.ndarray, "layer neuron"]],
     done: Callable[[int], Any] = lambda n: None,
 ) -> Float[Tensor, "batch group"]:
-    """The contrast where the neurons of one group have other values at the answer position, group by group.
+    """How the contrast changes where the neurons of one group have other values at the answer position.
 
     Args:
         contrast: The quantity.
@@ -91,9 +91,12 @@ def changed(
         groups: Which neurons are changed together.
         done: Told how many prompts have been run.
     """
-    found, at_once = [], contrast.copies(asked)
+    found, at_once = [], max(1, contrast.copies(asked) - 1)
+    nothing = np.zeros_like(groups[0])
     for first in range(0, len(groups), at_once):
-        masks = torch.from_numpy(np.stack(groups[first : first + at_once])).to(values.device)  # [copy, layer, neuron]
+        some = groups[first : first + at_once]
+        # What nothing changes is run with the others: a pass of another size would round otherwise.
+        masks = torch.from_numpy(np.stack([nothing, *some])).to(values.device)  # [copy, layer, neuron]
         touched = masks.any(0).any(1).nonzero().flatten().tolist()
 
         def put(layer: int, masks: Tensor = masks) -> Callable[..., Tensor]:
@@ -106,8 +109,9 @@ def changed(
             return change
 
         hooked: Hooks = [(hooks[layer], put(layer)) for layer in touched]
-        found.append(contrast.of(asked, hooked, copies=len(masks)))
-        done(len(masks) * len(asked.index))
+        each = contrast.of(asked, hooked, copies=len(masks))
+        found.append(each[1:] - each[:1])
+        done(len(some) * len(asked.index))
     return torch.cat(found).T
 
 

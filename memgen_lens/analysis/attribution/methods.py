@@ -30,6 +30,8 @@ Method = Literal[
     "patching",
 ]
 CAUSAL: tuple[Causal, ...] = get_args(Causal)
+ON_A_PATH: tuple[Causal, ...] = ("attribution_patching_ig", "integrated_gradients")
+"""Those that average gradients over a path."""
 EXACT: tuple[Causal, ...] = ("ablation", "patching")
 """Those that run the model once for each neuron."""
 

@@ -36,12 +36,12 @@ def across_adapters(
     two tasks its inter-task consistency (arXiv 2412.18497 v2). Chance levels are ours:
 
     - Overlap of the two top sets beside what random sets have in common, drawn from all neurons, or as many in each
-      layer (`memgen_lens.core.stats.Overlap`); rank correlation of rho (Spearman), 0 by chance.
+      layer (`memgen_lens.core.stats.Overlap`); rank correlation of the scores (Spearman), 0 by chance.
     - For both, p = the share of permutations of one model's neuron index that come out as high or higher (one-sided,
       at least ``1 / (n_permutations + 1)``). The index is permuted alike in all layers, as a place of the residual
       stream behaves alike in many: permuted layer by layer, p would be far too small.
 
-    Neurons whose rho is 0 in either model are not compared.
+    Neurons whose score is 0 in either model are not compared.
 
     Args:
         scores: Scores of one site, one a model, all tuned from one pretrained model; a mapping from the models' names,
@@ -62,15 +62,15 @@ def across_adapters(
             received=str(len(named)),
             fix="Tune the same pretrained model with another seed, or on another task.",
         )
-    shapes = sorted({f"{score.site} {score.rho.shape}" for score in named.values()})
+    shapes = sorted({f"{score.site} {score.score.shape} by {score.method}" for score in named.values()})
     if len(shapes) > 1:
         raise SettingsError(
             call,
-            expected="scores of one site of models tuned from one pretrained model",
+            expected="scores of one site and method of models tuned from one pretrained model",
             received=", ".join(shapes),
             fix="Compare models of one base, a site at a time.",
         )
-    values = [score.rho.astype(float) for score in named.values()]
+    values = [score.score.astype(float) for score in named.values()]
     figures = np.full((8, len(values), len(values)), np.nan)
     for i, a in enumerate(values):
         for j, b in enumerate(values):
@@ -115,12 +115,12 @@ def _compared(
     )
 
 
-def _top(rho: Float[np.ndarray, "layer neuron"], count: int) -> Bool[np.ndarray, "layer neuron"]:
-    return largest(rho.reshape(1, -1), count).reshape(rho.shape) & (rho != 0)
+def _top(score: Float[np.ndarray, "layer neuron"], count: int) -> Bool[np.ndarray, "layer neuron"]:
+    return largest(score.reshape(1, -1), count).reshape(score.shape) & (score != 0)
 
 
-def _ranks(rho: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer neuron"]:
-    return rankdata(rho).reshape(rho.shape)
+def _ranks(score: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer neuron"]:
+    return rankdata(score).reshape(score.shape)
 
 
 def _correlation(
@@ -130,5 +130,7 @@ def _correlation(
 
 
 def _p(drawn: Float[np.ndarray, " draw"], value: float) -> float:
-    """One-sided, the value itself among the draws; within rounding equal ones count as reached."""
-    return float((1 + (drawn >= value - 1e-12).sum()) / (1 + len(drawn)))
+    """One-sided, the value itself among the draws; equal ones within rounding and undefined ones count as reached."""
+    if not np.isfinite(value):
+        return float("nan")
+    return float((1 + (~(drawn < value - 1e-12)).sum()) / (1 + len(drawn)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from memgen_lens.analysis.attribution.methods import CAUSAL
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import largest
@@ -17,6 +18,8 @@ def strongest(
     scores: NeuronScores, top_fraction: float, layers: int | Sequence[int] | None, *, call: str
 ) -> Bool[np.ndarray, "layer neuron"]:
     """The neurons with the largest abs(score) over all layers, as far as they are in some layers.
+
+    Of a causal method's scores the largest above 0 (see `Steering.from_scores`).
 
     Args:
         scores: Scores of one site.
@@ -37,5 +40,8 @@ def strongest(
             fix="Change layers.",
         )
     count = max(1, round(top_fraction * scores.rho.size))
-    selected = largest(scores.score.reshape(1, -1), count).reshape(scores.score.shape)
+    ranked = np.maximum(scores.score, 0) if scores.method in CAUSAL else scores.score
+    selected = largest(ranked.reshape(1, -1), count).reshape(ranked.shape)
+    if scores.method in CAUSAL:
+        selected &= ranked > 0
     return selected & np.isin(np.arange(n_layers), chosen)[:, None]

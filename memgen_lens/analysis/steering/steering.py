@@ -79,6 +79,9 @@ class Steering:
     ) -> "Steering":
         """Steer the neurons with the largest abs(score): of abs(rho), unless `attribute` was given another method.
 
+        Of a causal method's scores the largest above 0: there the neuron's value on the recalled prompt makes for the
+        memorized answer, so that a shift towards it does too. Where fewer are above 0, fewer are steered.
+
         Args:
             scores: Scores of one site.
             top_fraction: Share of the site's neurons, over all its layers, in (0, 1].

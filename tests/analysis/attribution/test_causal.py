@@ -10,8 +10,8 @@ from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution import contrast
-from memgen_lens.analysis.attribution.contrast import answers_of
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
+from memgen_lens.analysis.attribution.answers import answers_of
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.models.tokens import tokenized
 
@@ -83,7 +83,8 @@ def test_the_neuron_that_decides_makes_the_difference(known, method):
 def test_behind_the_last_nonlinearity_methods_are_one(known):
     """In the last MLP of a model without norms, the contrast of one-token answers is linear in its neurons."""
     model, pairs = known
-    found = {m: mg.attribute(model, pairs, "post", method=m, split=None, baseline="zero", **QUICK) for m in CAUSAL}
+    zero = {"ablation": {"baseline": "zero"}}
+    found = {m: mg.attribute(model, pairs, "post", method=m, split=None, **zero.get(m, {}), **QUICK) for m in CAUSAL}
     last = {method: scores.score[-1] for method, scores in found.items()}
     for method in ("attribution_patching_ig", "patching"):
         assert np.allclose(last[method], last["attribution_patching"], atol=1e-4), method
@@ -163,8 +164,9 @@ def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalle
 @pytest.mark.parametrize("which", ["answers of many tokens", "prompts of many lengths"])
 def test_batched_is_single(recalled, known, method, which):
     model, pairs = recalled if which == "answers of many tokens" else known
+    steps = 5 if method in ON_A_PATH else None
     many, single = (
-        mg.attribute(model, pairs, "post", method=method, split=None, batch_size=size, n_steps=5, **QUICK).score
+        mg.attribute(model, pairs, "post", method=method, split=None, batch_size=size, n_steps=steps, **QUICK).score
         for size in (None, 1)
     )
     assert np.allclose(many, single, atol=1e-5 * np.abs(single).max() + 1e-6)
@@ -174,11 +176,60 @@ def test_batched_is_single(recalled, known, method, which):
 def test_a_model_that_keeps_no_past_gives_the_same(recalled, method, monkeypatch):
     model, pairs = recalled
     groups = np.repeat(np.arange(model.cfg.n_layers)[:, None], model.cfg.d_mlp, axis=1) if method in EXACT else None
-    how = {"method": method, "split": None, "groups": groups, "n_steps": 5, **QUICK}
+    how = {"method": method, "split": None, "groups": groups, "n_steps": 5 if method in ON_A_PATH else None, **QUICK}
     cached = mg.attribute(model, pairs, "post", **how).score
     monkeypatch.setattr(contrast, "run_before", lambda *args: None)
     whole = mg.attribute(model, pairs, "post", **how).score
     assert np.allclose(cached, whole, atol=1e-5 * np.abs(whole).max() + 1e-6)
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+def test_room_for_one_row_at_a_time_is_enough(known, method, monkeypatch):
+    model, pairs = known
+    how = {"method": method, "split": "select", **QUICK}
+    expected = mg.attribute(model, pairs, "post", **how).score
+    monkeypatch.setattr(contrast, "rows_at_once", lambda *args, **how: 1)
+    found = mg.attribute(model, pairs, "post", batch_size=3, **how).score
+    assert np.allclose(found, expected, atol=1e-5 * np.abs(expected).max() + 1e-6)
+
+
+def test_effects_are_of_the_right_pairs_whatever_their_order(known):
+    """Items that recur out of order, of which a split takes some: the mean over its pairs, one by one."""
+    model, pairs = known
+    shuffled = mg.PromptPairs.from_strings(
+        [item.prompt for item in pairs.memorized],
+        [item.prompt for item in pairs.generalized],
+        memorized_answers=[planted.MEMORY] * 20,
+        rule_answers=[planted.RULE] * 20,
+        items=list(range(10)) * 2,
+        shares=(0.8, 0.1),
+    )
+    how = {"method": "attribution_patching", **QUICK}
+    found = mg.attribute(model, shuffled, "post", split="select", **how)
+    each = [
+        mg.attribute(model, shuffled.take(np.repeat(place, 8)), "post", split=None, **how).score
+        for place in shuffled.of("select")
+    ]
+    assert np.allclose(found.score, np.mean(each, axis=0), atol=1e-5)
+    assert found.n_pairs == len(each) == 2 * found.n_items
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_callers_mode_does_not_matter(known, method, mode):
+    model, pairs = known
+    how = {"method": method, "split": None, "n_steps": 3 if method in ON_A_PATH else None, **QUICK}
+    expected = mg.attribute(model, pairs, "post", **how).score
+    with mode():
+        assert np.array_equal(mg.attribute(model, pairs, "post", **how).score, expected)
+
+
+def test_weights_that_learn_get_no_gradient(known):
+    model, pairs = planted.build_model().requires_grad_(), known[1]
+    expected = mg.attribute(*known, "post", method="attribution_patching", split=None, **QUICK).score
+    found = mg.attribute(model, pairs, "post", method="attribution_patching", split=None, **QUICK).score
+    assert np.array_equal(found, expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_linear_estimate_goes_along_with_the_exact_effect(recalled):
@@ -261,6 +312,17 @@ def test_what_cannot_be_explained_is_refused(known):
         mg.attribute(
             model, pairs, method="attribution_patching", metric=lambda logits, items: logits.detach()[:, 0], **how
         )
+    for argument, value in {"groups": [[1]], "baseline": "zero", "n_steps": 3, "metric": len}.items():
+        with pytest.raises(SettingsError, match=rf"attribute\({argument}=\.\.\.\).*which does not use it"):
+            mg.attribute(model, pairs, method="pearson", **{argument: value}, **how)
+    odd = mg.PromptPairs.from_strings(["Ma="] * 9, ["Ga="] * 9, memorized_answers=["m"] * 9, rule_answers=["?"] * 9)
+    with pytest.raises(ModelError, match=r"received '\?', of which it makes none, or unknown ones"):
+        mg.attribute(model, odd, method="patching", **how)
+    long = mg.PromptPairs.from_strings(
+        ["M" + "a" * 22 + "="] * 9, ["G" + "a" * 22 + "="] * 9, memorized_answers=["mm"] * 9, rule_answers=["rr"] * 9
+    )
+    with pytest.raises(ModelError, match=r"within the model's context of 24 tokens"):
+        mg.attribute(model, long, method="patching", **how)
     with pytest.raises(SettingsError, match=r"a number for each neuron of the site, 2x64, .*received 1x3"):
         mg.attribute(model, pairs, method="patching", groups=[[1, 2, 3]], **how)
     acts = mg.record(model, pairs, ["post"], progress=False)
@@ -303,3 +365,29 @@ def test_ablation_by_another_items_value_and_by_the_mean(known):
     drawn = [mg.attribute(model, pairs, "post", baseline="resample", seed=seed, **how).score for seed in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     assert abs(drawn[0][planted.LAYER, planted.NEURON]) < 0.2 * zero[planted.NEURON], "the marker fires on all items"
+    batched = mg.attribute(model, pairs, "post", baseline="resample", seed=0, batch_size=3, **how).score
+    assert np.allclose(batched, drawn[0], atol=1e-5), "who stands for whom depends on no batch"
+
+
+def test_an_answer_that_another_begins_with_ends(known):
+    model, _ = known
+    pairs = mg.PromptPairs.from_strings(
+        ["Ma=", "aM="] * 5, ["Ga=", "aG="] * 5, memorized_answers=["m"] * 10, rule_answers=["mr"] * 10
+    )
+    memorized, rule = answers_of(model, pairs, batch_size=8, call="here")[0]
+    assert memorized[-1] == rule[-1] == model.tokenizer.eos_token_id and len(rule) == len(memorized) + 1
+
+
+def test_a_causal_score_steers_neurons_that_make_for_the_recall(known):
+    model, pairs = known
+    score = mg.attribute(model, pairs, "post", method="patching", split=None, **QUICK)
+    every = mg.Steering.from_scores(score, 1.0).selected
+    assert np.array_equal(every, score.score > 0) and not every.all()
+
+
+def test_scores_by_any_method_are_read_as_they_were_written(known, tmp_path):
+    model, pairs = known
+    score = mg.attribute(model, pairs, "post", method="attribution_patching", split=None, **QUICK)
+    again = mg.NeuronScores.load(score.save(tmp_path))
+    assert again.method == "attribution_patching" and np.array_equal(again.score, score.score)
+    assert np.array_equal(again.rho, score.rho)

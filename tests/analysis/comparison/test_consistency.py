@@ -311,13 +311,18 @@ def test_neurons_that_are_still_in_either_model_are_not_compared():
     assert found.n_neurons.tolist() == [[35, 35], [35, 40]]
     nothing = mg.consistency.across_adapters([scores_of(a), scores_of(np.zeros((2, 20)))], n_permutations=9)
     assert np.isnan(nothing.overlap[0, 1]) and nothing.n_neurons[0, 1] == 0
+    # Two live neurons: hardly a permutation leaves two to be compared, which says nothing against chance.
+    two = np.zeros((1, 400))
+    two[0, :2] = 1, 2
+    few = mg.consistency.across_adapters([scores_of(two), scores_of(two)], n_permutations=99)
+    assert few.rank_correlation[0, 1] == 1 and few.rank_correlation_p[0, 1] > 0.9
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
         ([(3, 4)], "at least two models; received 1. Tune the same pretrained model with another seed"),
-        ([(3, 4), (3, 5)], r"one site of models tuned from one pretrained model; received x \(3, 4\), x \(3, 5\)"),
+        ([(3, 4), (3, 5)], r"of models tuned from one pretrained model; received x \(3, 4\) by pearson, x \(3, 5\)"),
     ],
 )
 def test_across_adapters_refuses_what_has_no_common_index(shapes, message):
