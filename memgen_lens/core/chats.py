@@ -3,7 +3,7 @@
 Does not tokenize, and does not know transformers: the tokenizer is an object handed in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -20,16 +20,14 @@ def chats(call: str, name: str) -> Any:
     """
 
     def checked(value: Any) -> Any:
-        if not _is_several(value):
+        several = _listed(value)
+        if several is None:
             raise _malformed(call, name, value)
-        several = list(value)
-        for place, chat in enumerate(several):
-            if not _is_several(chat):
-                raise _malformed(call, f"{name}[{place}]", chat)
-            several[place] = list(chat)
-            if not several[place] or not all(map(_is_message, several[place])):
-                raise _malformed(call, f"{name}[{place}]", several[place])
-        return several
+        messages = [_listed(chat) for chat in several]
+        for place, chat in enumerate(messages):
+            if not chat or not all(map(_is_message, chat)):
+                raise _malformed(call, f"{name}[{place}]", several[place] if chat is None else chat)
+        return messages
 
     return Annotated[Any, BeforeValidator(checked)]
 
@@ -75,9 +73,14 @@ def _render(chat: Any, tokenizer: Any, *, name: str, call: str) -> str:
         ) from error
 
 
-def _is_several(value: Any) -> bool:
-    """Whether it can be listed, and is neither one text nor one message."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+def _listed(value: Any) -> list[Any] | None:
+    """What can be gone through as a list; None for the rest, for one text and for one message."""
+    if isinstance(value, str | bytes | Mapping):
+        return None
+    try:
+        return list(value)
+    except TypeError:
+        return None
 
 
 def _is_message(message: Any) -> bool:

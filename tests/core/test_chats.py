@@ -62,7 +62,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(model, holder):
 
 
 @pytest.mark.parametrize(
-    "chat", ["text", user("a"), [], ["text"], [{"role": "user"}], [{"role": "user", "content": 3}], None]
+    "chat", ["text", user("a"), [], ["text"], [{"role": "user"}], [{"role": "user", "content": 3}], None, np.array(3)]
 )
 def test_a_chat_that_is_no_list_of_messages_is_refused_by_its_place(model, chat):
     with pytest.raises(PairsError, match=CALL + r"a list of messages .* a chat as memorized\[1\]; received"):
