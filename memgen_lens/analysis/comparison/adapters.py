@@ -110,7 +110,7 @@ def _compared(
         found.expected_within_layers,
         _p(shares, found.share),
         correlation,
-        float(np.nanmean(correlations)),
+        _mean_of_finite(correlations),
         _p(correlations, correlation),
     )
 
@@ -126,7 +126,12 @@ def _ranks(score: Float[np.ndarray, "layer neuron"]) -> Float[np.ndarray, "layer
 def _correlation(
     a: Float[np.ndarray, "layer neuron"], b: Float[np.ndarray, "layer neuron"], among: Bool[np.ndarray, "layer neuron"]
 ) -> float:
-    return float(row_correlation(a[among][None], b[among][None])[0])
+    return float(row_correlation(a[among][None], b[among][None])[0]) if among.sum() > 1 else float("nan")
+
+
+def _mean_of_finite(values: Float[np.ndarray, " draw"]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def _p(drawn: Float[np.ndarray, " draw"], value: float) -> float:

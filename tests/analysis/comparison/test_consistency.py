@@ -399,8 +399,9 @@ def test_one_task_split_in_two_by_name_is_consistent_with_itself(learned):
     grid = {"top_fractions": (0.1, 0.3), "alphas": (2.0, 4.0), "positions": ("answer",)}
     found = mg.consistency.across_tasks(learned.model, learned.task, half, "resid_post", **grid)
     assert (found.probe.value > 0.85).all()
-    steered = found.steering["to_generalization"].value  # of a dozen pairs each; how many flip differs between machines
-    assert (steered > found.random_neurons["to_generalization"].max() + 0.2).all() and np.ptp(steered) < 0.4
+    steered = found.steering["to_generalization"]  # of a dozen pairs each; how many flip differs between machines
+    assert (steered.value > found.random_neurons["to_generalization"].max() + 0.2).all()
+    assert steered.low.max() <= steered.high.min(), "one rate lies in all four intervals"
     assert (found.overlap_p < 0.01).all()
     assert set(found.n_pairs["odd"]) == {"select", "tune", "test"}
 
