@@ -158,14 +158,15 @@ def scores_of(
         score: What neurons are ranked by; None = rho.
         tested: What is tested, where it is not the activations.
     """
-    p, p_family = (tested or moments).p_values()
+    tested = tested or moments
+    p, p_family = tested.p_values()
     return NeuronScores(
         site=site,
         nmd=moments.nmd.reshape(shape),
         rho=moments.rho.reshape(shape),
         p=p.reshape(shape),
         p_family=p_family.reshape(shape),
-        q=(fdr(p) if moments.n_permutations else p).reshape(shape),
+        q=(fdr(p) if tested.n_permutations else p).reshape(shape),
         n_pairs=moments.n,
         n_items=n_items,
         method=method,

@@ -5,7 +5,7 @@ import numpy as np
 import planted
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import false_discovery_control, spearmanr
 from transformer_lens.utilities import get_act_name
 
 import memgen_lens as mg
@@ -76,6 +76,7 @@ def test_the_neuron_that_decides_makes_the_difference(known, method):
     assert size.max() > 20 * np.sort(size.ravel())[-2]
     assert score.p_family[planted.LAYER, planted.NEURON] < 0.01
     assert score.method == method and score.n_pairs == 20
+    assert np.allclose(score.q.ravel(), false_discovery_control(score.p.ravel())), "q is p, corrected for all neurons"
     assert mg.Steering.from_scores(score, planted.ONE_NEURON).selected[planted.LAYER, planted.NEURON]
     assert not planted.hooks_on(model)
 

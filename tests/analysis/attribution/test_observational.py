@@ -7,11 +7,13 @@ import planted
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import false_discovery_control, pearsonr
+from scipy.stats import false_discovery_control, pearsonr, ttest_ind
+from sklearn.metrics import roc_auc_score
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.attribution.streaming import correlation, sign_flip_test
+from memgen_lens.analysis.probing.probes import fit_probe
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.records import Activations, SiteActivations
 
@@ -394,3 +396,37 @@ def test_too_few_pairs_in_all_are_refused():
     with pytest.raises(PairsError, match=r"attribute: expected at least 8 pairs; received 7 \(7 pairs in all"):
         mg.attribute(activations(mem, gen), "post", split=None)
     assert mg.attribute(activations(*noise(np.random.default_rng(0), n_pairs=8)), "post", split=None).n_pairs == 8
+
+
+def test_what_differs_is_told_as_scipy_and_scikit_learn_tell_it():
+    rng = np.random.default_rng(0)
+    mem, gen = noise(rng, n_pairs=16)
+    mem[:, 0, 0] = gen[:, 0, 0] = 3.0
+    mem[:, 1, 4] += 5
+    acts = activations(mem, gen)
+    mem, gen = (side.astype(np.float32).astype(np.float64) for side in (mem, gen))
+    found = {
+        method: mg.attribute(acts, "post", method=method, split=None, n_permutations=0)
+        for method in ("nmd", "pearson", "cohens_d", "welch_t", "auroc", "probe_weights")
+    }
+    pooled = np.sqrt((mem.var(0, ddof=1) + gen.var(0, ddof=1)) / 2)
+    labels = np.repeat([True, False], 16)
+    for layer, neuron in product(range(2), range(20)):
+        if (layer, neuron) == (0, 0):
+            continue
+        a, b = mem[:, layer, neuron], gen[:, layer, neuron]
+        told = {method: scores.score[layer, neuron] for method, scores in found.items()}
+        assert told["nmd"] == pytest.approx((a - b).mean(), rel=1e-6)
+        assert told["pearson"] == pytest.approx(pearsonr(np.concatenate([a, b]), labels).statistic, rel=1e-6)
+        assert told["cohens_d"] == pytest.approx((a - b).mean() / pooled[layer, neuron], rel=1e-5)
+        assert told["welch_t"] == pytest.approx(ttest_ind(a, b, equal_var=False).statistic, rel=1e-5)
+        assert told["auroc"] == pytest.approx(2 * roc_auc_score(labels, np.concatenate([a, b])) - 1)
+    for layer in range(2):
+        probe = fit_probe(
+            np.concatenate([acts.site("post").memorized, acts.site("post").generalized])[:, layer], labels
+        )
+        weights = np.where(np.arange(20) + layer > 0, probe[-1].coef_[0], 0)
+        assert np.allclose(found["probe_weights"].score[layer], weights)
+    for method, scores in found.items():
+        assert scores.method == method and scores.score[0, 0] == 0, "a neuron that never varies"
+        assert np.array_equal(scores.rho, found["pearson"].score)
