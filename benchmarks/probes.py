@@ -4,7 +4,8 @@ import numpy as np
 
 import memgen_lens as mg
 from benchmarks.harness import Row, Run
-from memgen_lens.analysis.probing.probes import fit_probe, score_probe
+from memgen_lens.analysis.probing.probes import score_probe
+from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.records import Activations, SiteActivations
 
 N_PAIRS, N_LAYERS, WIDTH, N_RESAMPLES = 400, 12, 256, 1000

@@ -19,7 +19,7 @@ from memgen_lens.analysis import (
     record,
     sweep_steering,
 )
-from memgen_lens.analysis.probing.probes import fit_probe, score_probe
+from memgen_lens.analysis.probing.probes import score_probe
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.transfer import ShiftRates, shift_rates
 from memgen_lens.behavior import observe
@@ -30,6 +30,7 @@ from memgen_lens.core.dynamics_records import STEERED, Dynamics, RateSeries
 from memgen_lens.core.errors import PairsError, RunDirectoryError, SettingsError
 from memgen_lens.core.files import read_json
 from memgen_lens.core.items import same_items
+from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores, ProbeScores
 from memgen_lens.core.stats import Rate, wilson

@@ -18,15 +18,9 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.viz.behavior_figures import behavior_bars, training_curves
-from memgen_lens.viz.consistency_figures import (
-    adapter_overlap,
-    probe_transfer,
-    seed_profiles,
-    split_half,
-    steering_transfer,
-    task_overlap,
-)
+from memgen_lens.viz.consistency_figures import seed_profiles, split_half
 from memgen_lens.viz.dynamics_figure import dynamics
+from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,

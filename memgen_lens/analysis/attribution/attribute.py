@@ -200,11 +200,7 @@ def _of_activations(
         moments.add(mem, gen, item[rows])
     shape = recorded.memorized.shape[1:]
     scores = scores_of(site, moments, shape, count_items(acts.pairs, index))
-    return (
-        scores
-        if method == "pearson"
-        else replace(scores, method=method, score=observed(method, recorded, index, moments))
-    )
+    return replace(scores, method=method, score=observed(method, recorded, index, moments))
 
 
 def _require_used(method: str, **given: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from memgen_lens.analysis.attribution.answers import Answers
 from memgen_lens.analysis.attribution.contrast import Asked, Contrast
 from memgen_lens.analysis.attribution.interventions import changes, gradients, path_gradients
+from memgen_lens.analysis.recording.finite import SIDES
 from memgen_lens.core.pairs import PromptPairs
 
 Baseline = Literal["zero", "mean", "resample"]
@@ -65,7 +66,7 @@ class Explainer:
 
     def attribution_patching(self, sides: Sides) -> Effects:
         """Mean of both prompts' gradients, times the difference."""
-        slopes = [self._asked(sides, side, lambda a, rows: gradients(self.contrast, a, self.hooks)) for side in _SIDES]
+        slopes = [self._asked(sides, side, lambda a, rows: gradients(self.contrast, a, self.hooks)) for side in SIDES]
         return _array((slopes[0] + slopes[1]) / 2 * sides.difference)
 
     def attribution_patching_ig(self, sides: Sides) -> Effects:
@@ -75,7 +76,7 @@ class Explainer:
             ends = sides.generalized[rows], sides.memorized[rows]
             return path_gradients(self.contrast, asked, self.hooks, *ends, self.n_steps)
 
-        slopes = [self._asked(sides, side, slope) for side in _SIDES]
+        slopes = [self._asked(sides, side, slope) for side in SIDES]
         return _array((slopes[0] + slopes[1]) / 2 * sides.difference)
 
     def integrated_gradients(self, sides: Sides) -> Effects:
@@ -119,9 +120,6 @@ class Explainer:
             return change[:, torch.from_numpy(places.reshape(shape)).to(change.device)]
 
         return self._asked(sides, side, found)
-
-
-_SIDES = ("memorized", "generalized")
 
 
 def _array(values: Tensor) -> Effects:

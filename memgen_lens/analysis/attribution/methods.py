@@ -11,24 +11,12 @@ from jaxtyping import Float, Shaped
 from scipy.stats import rankdata
 
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.probing.probes import fit_probe
+from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.records import SiteActivations
 
 Observational = Literal["nmd", "pearson", "welch_t", "cohens_d", "auroc", "probe_weights"]
 Causal = Literal["attribution_patching", "attribution_patching_ig", "integrated_gradients", "ablation", "patching"]
-Method = Literal[
-    "nmd",
-    "pearson",
-    "welch_t",
-    "cohens_d",
-    "auroc",
-    "probe_weights",
-    "attribution_patching",
-    "attribution_patching_ig",
-    "integrated_gradients",
-    "ablation",
-    "patching",
-]
+Method = Literal[Observational, Causal]
 CAUSAL: tuple[Causal, ...] = get_args(Causal)
 ON_A_PATH: tuple[Causal, ...] = ("attribution_patching_ig", "integrated_gradients")
 """Those that average gradients over a path."""

@@ -3,17 +3,17 @@
 Public through `memgen_lens.consistency`. Does not tune.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
+from memgen_lens.analysis.comparison.named import named_scores
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import AdapterConsistency
-from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import largest, overlap, row_correlation
 
@@ -26,7 +26,11 @@ from memgen_lens.core.stats import largest, overlap, row_correlation
     seed=kinds.Seed,
 )
 def across_adapters(
-    scores: Mapping[Any, NeuronScores] | Any, *, top_fraction: float = 0.1, n_permutations: int = 1000, seed: int = 0
+    scores: Mapping[Any, NeuronScores] | Sequence[NeuronScores],
+    *,
+    top_fraction: float = 0.1,
+    n_permutations: int = 1000,
+    seed: int = 0,
 ) -> AdapterConsistency:
     """Whether models tuned from one pretrained model find the same neurons (intra- and inter-task consistency).
 
@@ -50,26 +54,20 @@ def across_adapters(
         n_permutations: Permutations behind each p.
         seed: Seed of the permutations.
 
+    Returns:
+        Matrices ``[model, model]``; what could not be computed is nan.
+
     Raises:
-        SettingsError: Fewer than two models, unlike sites or shapes, or a value out of range.
+        SettingsError: Fewer than two models, unlike sites, methods or shapes, or a value out of range.
     """
-    call = "consistency.across_adapters"
-    named = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
-    if len(named) < 2:
-        raise SettingsError(
-            call,
-            expected="scores of at least two models",
-            received=str(len(named)),
-            fix="Tune the same pretrained model with another seed, or on another task.",
-        )
-    shapes = sorted({f"{score.site} {score.score.shape} by {score.method}" for score in named.values()})
-    if len(shapes) > 1:
-        raise SettingsError(
-            call,
-            expected="scores of one site and method of models tuned from one pretrained model",
-            received=", ".join(shapes),
-            fix="Compare models of one base, a site at a time.",
-        )
+    named = named_scores(
+        scores,
+        lambda score: f"{score.site} {score.score.shape} by {score.method}",
+        call="consistency.across_adapters",
+        expected="scores of one site and method of models tuned from one pretrained model",
+        more="Tune the same pretrained model with another seed, or on another task.",
+        alike="Compare models of one base, a site at a time.",
+    )
     values = [score.score.astype(float) for score in named.values()]
     figures = np.full((8, len(values), len(values)), np.nan)
     for i, a in enumerate(values):

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from memgen_lens.analysis.comparison.named import named_scores
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.consistency_records import SeedConsistency
-from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import row_correlation
 
@@ -39,23 +39,14 @@ def across_seeds(
     Raises:
         SettingsError: Fewer than two models, unlike sites or depths, or a fraction out of range.
     """
-    call = "consistency.across_seeds"
-    named = dict(scores) if isinstance(scores, Mapping) else dict(enumerate(scores))
-    if len(named) < 2:
-        raise SettingsError(
-            call,
-            expected="scores of at least two models",
-            received=str(len(named)),
-            fix="Train with another seed: run_experiment(config.but(seed=1), out=...).",
-        )
-    kinds = sorted({f"{score.site} with {score.rho.shape[0]} layers" for score in named.values()})
-    if len(kinds) > 1:
-        raise SettingsError(
-            call,
-            expected="scores of one site and one depth",
-            received=", ".join(kinds),
-            fix="Compare models of one shape, a site at a time.",
-        )
+    named = named_scores(
+        scores,
+        lambda score: f"{score.site} with {score.rho.shape[0]} layers",
+        call="consistency.across_seeds",
+        expected="scores of one site and one depth",
+        more="Train with another seed: run_experiment(config.but(seed=1), out=...).",
+        alike="Compare models of one shape, a site at a time.",
+    )
     first = next(iter(named.values()))
     top = np.array([Steering.from_scores(score, top_fraction).selected.sum(1) for score in named.values()], dtype=float)
     share = top / top.sum(1, keepdims=True)

@@ -15,11 +15,11 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from memgen_lens.analysis.probing.prompt import MAX_ITER, PromptProbe, fit_prompt_probe, prompt_features
+from memgen_lens.analysis.probing.prompt import PromptProbe, fit_prompt_probe, prompt_features
 from memgen_lens.analysis.recording.finite import EMBEDDING, require_finite
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import PairsError
+from memgen_lens.core.linear_probe import MAX_ITER, fit_probe, require_two_classes
 from memgen_lens.core.records import Activations, ProbeReport, ProbeScores, SiteActivations
 from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy
 
@@ -106,35 +106,6 @@ class _Layer:
     probe: Pipeline
     scores: ProbeScores
     cv_auroc: float
-
-
-def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
-    """Refuse labels of one class only.
-
-    Raises:
-        PairsError: Saying which class is missing.
-    """
-    if labels.all() or not labels.any():
-        raise PairsError(
-            call,
-            expected="prompts of both behaviours",
-            received=f"{len(labels)} of {'memorization' if labels.all() else 'generalization'} only",
-            fix="Give prompts on which the model generalizes as well as prompts on which it memorizes.",
-        )
-
-
-def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"]) -> Pipeline:
-    """One probe on any features: ``StandardScaler`` + ``LogisticRegression``.
-
-    Args:
-        features: One row a prompt.
-        labels: True for memorization.
-
-    Raises:
-        PairsError: The labels are of one class only.
-    """
-    require_two_classes(labels, call="fit_probe")
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER)).fit(features, labels)
 
 
 def score_probe(

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from scipy.special import expit
 from sklearn.preprocessing import StandardScaler
 
-MAX_ITER = 2000
+from memgen_lens.core.linear_probe import MAX_ITER
 
 
 def prompt_features(tokens: Int[np.ndarray, "row pos"]) -> csr_array:

@@ -12,8 +12,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import memgen_lens as mg
-from memgen_lens.analysis.probing.probes import fit_probe
 from memgen_lens.core.errors import PairsError, SiteError
+from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.records import Activations, SiteActivations
 
 CHANCE = pytest.approx(0.5, abs=0.2)
