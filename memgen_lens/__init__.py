@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from memgen_lens import tasks
-from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, TrainConfig
+from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, Plant, TrainConfig
 from memgen_lens.core.errors import MemgenError
 from memgen_lens.core.threads import wait_briefly
 from memgen_lens.core.types import Behavior
@@ -83,6 +83,7 @@ __all__ = [
     "MemgenError",
     "ModelConfig",
     "NeuronScores",
+    "Plant",
     "PromptPairs",
     "Steering",
     "TrainConfig",

@@ -7,7 +7,16 @@ settings (see `memgen_lens.cli`).
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened, suggest
 from memgen_lens.core.types import Direction, FittedKind, Positions
@@ -188,11 +197,74 @@ class LearningConfig(Settings):
         return self
 
 
+class Plant(Settings):
+    """Where in the MLPs of a model that is trained from scratch recall is put, so that it is known where it is.
+
+    >>> Plant(layer=1, neurons=range(32)).n
+    32
+    >>> Plant.distributed().dropped
+    0.5
+    """
+
+    layer: int = Field(0, ge=0)
+    """Block whose MLP neurons learn to recall."""
+    neurons: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Those neurons, which all memorized items teach, and no other weights; none = all neurons of all blocks."""
+    dropped: float = Field(0.0, ge=0, lt=1)
+    """Without ``neurons``: share of all MLP neurons that memorized items do without, others at each step, so that none
+    is needed for recall."""
+
+    @classmethod
+    def distributed(cls, dropped: float = 0.5) -> "Plant":
+        """The opposite: recall that is spread over all neurons, so that no few of them are needed.
+
+        Args:
+            dropped: Share of all MLP neurons that memorized items do without, others at each step, in (0, 1).
+        """
+        return cls(dropped=dropped)
+
+    @property
+    def n(self) -> int:
+        """Number of planted neurons."""
+        return len(self.neurons)
+
+    @field_validator("neurons", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, range | list) else value
+
+    @model_validator(mode="after")
+    def _either(self) -> "Plant":
+        if len(set(self.neurons)) < self.n or bool(self.n) == bool(self.dropped):
+            raise SettingsError(
+                "Plant",
+                expected="neurons, none of them twice, or dropped above 0",
+                received=f"neurons={shortened(self.neurons)}, dropped={self.dropped}",
+                fix="Write Plant(layer=1, neurons=range(32)), or Plant.distributed().",
+            )
+        return self
+
+
 class TrainConfig(LearningConfig):
     """How a model is trained from scratch until it both recalls and computes."""
 
     model: ModelConfig = ModelConfig()
     """Shape of the model."""
+    plant: Plant | None = None
+    """Where recall is put; none = wherever it is learned."""
+
+    @model_validator(mode="after")
+    def _plant_is_there(self) -> "TrainConfig":
+        if self.plant and (
+            self.plant.layer >= self.model.n_layers or max(self.plant.neurons, default=0) >= self.model.d_mlp
+        ):
+            raise SettingsError(
+                "TrainConfig(plant=...)",
+                expected=f"a layer below {self.model.n_layers} and neurons below {self.model.d_mlp}, as the model has them",
+                received=f"layer={self.plant.layer}, neurons up to {max(self.plant.neurons, default=0)}",
+                fix="Plant elsewhere, or enlarge the model.",
+            )
+        return self
 
 
 class FinetuneConfig(LearningConfig):

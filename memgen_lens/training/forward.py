@@ -5,6 +5,7 @@ product, norms are fused, and the last block computes queries, MLP and logits on
 copied; gradients land in the model's own parameters. No hook fires here: analysis uses the model itself.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from memgen_lens.fast.blocks import norm, qkv_weights, rotated
 from memgen_lens.fast.mlp import mlp
 from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.products import linear
+
+MlpStep = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]
+"""From the residual stream before a block's MLP to the stream behind it."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,19 @@ class Rows:
         return Rows(self.tokens.to(device), self.labels.to(device), self.start, self.lengths)
 
 
-def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
+def labelled_logits(
+    model: Any, groups: list[Rows], *, mlps: Mapping[int, MlpStep] | None = None
+) -> Float[Tensor, "labelled d_vocab"]:
     """Logits of all groups at and after each group's first label, row by row, group after group.
 
     Equal to ``model(rows.tokens)[:, rows.start :].flatten(0, 1)`` of each group, concatenated, to rounding.
+
+    Args:
+        model: A model that `memgen_lens.fast.support.why_not` says nothing of.
+        groups: The sequences.
+        mlps: By layer, what is run in place of ``x + mlp(norm(x))``.
     """
+    mlps = mlps or {}
     model, cfg = parameters_of(model), model.cfg
     shapes = [tuple(rows.tokens.shape) for rows in groups]
     # Groups differ in length, so everything but attention runs on one flat list of tokens: [token, d_model].
@@ -63,7 +75,7 @@ def labelled_logits(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d
         if last:
             x = _after(x, shapes, starts)
         x = x + linear(z, block.attn.W_O.flatten(0, 1), block.attn.b_O)
-        x = x + mlp(block.mlp, norm(block.ln2, x, cfg), cfg)
+        x = mlps[index](x) if index in mlps else x + mlp(block.mlp, norm(block.ln2, x, cfg), cfg)
     x = norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
     return linear(x, model.unembed.W_U, model.unembed.b_U)
 

@@ -56,11 +56,13 @@ def prepared(
     directory = user_path(out, call=f"{call}(out=...)")
     wanted = {"task": task.settings(), "train": config.model_dump(mode="json")} | ({"base": base} if base else {})
     with alone_in(directory, call=f"{call}(out={str(directory)!r})"):
-        _prepare(call, directory, wanted, resume=resume, force=force)
+        _prepare(call, directory, wanted, type(config)().model_dump(mode="json"), resume=resume, force=force)
         yield directory
 
 
-def _prepare(name: str, directory: Path, wanted: dict[str, Any], *, resume: bool, force: bool) -> None:
+def _prepare(
+    name: str, directory: Path, wanted: dict[str, Any], defaults: dict[str, Any], *, resume: bool, force: bool
+) -> None:
     """Check everything, then clear, then write ``settings.json``."""
     call = f"{name}(out={str(directory)!r})"
     settings = directory / "checkpoints" / "settings.json"
@@ -75,11 +77,14 @@ def _prepare(name: str, directory: Path, wanted: dict[str, Any], *, resume: bool
         raise cannot_write(directory, error) from None
     if held:
         if resume:
-            if read_json(settings) != wanted:
+            begun = read_json(settings)
+            # A setting that the version of then did not have is what it is where nobody sets it.
+            begun = begun | {"train": defaults | begun.get("train", {})}
+            if begun != wanted:
                 raise RunDirectoryError(
                     f"{name}(out={str(directory)!r}, resume=True)",
                     expected="the settings that the run was begun with",
-                    received=f"others: {_difference(read_json(settings), wanted)}",
+                    received=f"others: {_difference(begun, wanted)}",
                     fix="Use the same settings, or force=True (--force) to begin anew.",
                 )
         elif not force:

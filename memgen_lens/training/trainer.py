@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.config import FinetuneConfig, TrainConfig
+from memgen_lens.core.config import FinetuneConfig, Plant, TrainConfig
 from memgen_lens.core.records import Evaluation
 from memgen_lens.core.types import Behavior
 from memgen_lens.fast.memory import freed_memory_kept
@@ -26,6 +26,7 @@ from memgen_lens.models.save import save_model
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
 from memgen_lens.training.loop import learn, multiplies_bf16, refuse_inference_mode, seeded_random_state
+from memgen_lens.training.plant import planted_loss
 from memgen_lens.training.run_files import prepared
 
 SPARE_POSITIONS = 8
@@ -58,6 +59,7 @@ class TrainingRun:
 @arguments(
     task=kinds.TaskLike,
     config=kinds.one(TrainConfig) | None,
+    plant=kinds.one(Plant) | None,
     out=kinds.place("train(out=...)") | None,
     resume=kinds.Flag,
     force=kinds.Flag,
@@ -67,6 +69,7 @@ def train(
     task: Any,
     config: TrainConfig | None = None,
     *,
+    plant: Plant | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -81,6 +84,8 @@ def train(
     Args:
         task: A task (`memgen_lens.tasks`).
         config: Settings; the default trains 2 layers of width 128.
+        plant: Where recall is put, ``Plant(layer=1, neurons=range(32))`` or ``Plant.distributed()``; short for
+            ``config.plant``, so that it is known which neurons a method should find.
         out: Run directory to write ``history.jsonl``, ``checkpoints/`` and ``model/`` into; None keeps all in memory.
         resume: Go on from the newest whole checkpoint in ``out``. On one machine the result is the same, bit for
             bit, as that of a run that was never cut.
@@ -95,6 +100,7 @@ def train(
         SettingsError: ``resume`` without ``out``.
     """
     config = config or TrainConfig()
+    config = config.but(plant=plant) if plant else config
     require_device(config.device, call="train")
     refuse_inference_mode("train")
     model = build_model(
@@ -134,10 +140,13 @@ class _FromScratch:
         if reason is not None:
             tqdm.write(f"training with TransformerLens' own forward: {reason}")
         self.bf16 = config.precision == "auto" and multiplies_bf16(config.device)
+        self.plant = config.plant
 
     def loss(self, groups: list[Rows]) -> Tensor:
         groups = [rows.to(self.device) for rows in groups]
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bf16):
+            if self.plant is not None:
+                return planted_loss(self.model, groups, self.plant)
             if self.fast:
                 logits = labelled_logits(self.model, groups)
             else:
