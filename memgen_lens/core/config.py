@@ -255,13 +255,13 @@ class TrainConfig(LearningConfig):
 
     @model_validator(mode="after")
     def _plant_is_there(self) -> "TrainConfig":
-        if self.plant and (
-            self.plant.layer >= self.model.n_layers or max(self.plant.neurons, default=0) >= self.model.d_mlp
-        ):
+        plant, shape = self.plant, self.model
+        last = max(plant.neurons, default=0) if plant else 0
+        if plant and (plant.layer >= shape.n_layers or last >= shape.d_mlp):
             raise SettingsError(
                 "TrainConfig(plant=...)",
-                expected=f"a layer below {self.model.n_layers} and neurons below {self.model.d_mlp}, as the model has them",
-                received=f"layer={self.plant.layer}, neurons up to {max(self.plant.neurons, default=0)}",
+                expected=f"a layer below {shape.n_layers} and neurons below {shape.d_mlp}, as the model has them",
+                received=f"layer={plant.layer}, neurons up to {last}",
                 fix="Plant elsewhere, or enlarge the model.",
             )
         return self
