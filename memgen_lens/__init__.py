@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.experiment import run_experiment
+    from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
     from memgen_lens.training import finetune, train
     from memgen_lens.training_dynamics import dynamics
@@ -52,6 +53,7 @@ _LAZY = {
     "Steering": "memgen_lens.analysis",
     "attribute": "memgen_lens.analysis",
     "attribute_streaming": "memgen_lens.analysis",
+    "benchmark_methods": "memgen_lens.method_benchmark",
     "choose_setting": "memgen_lens.analysis",
     "collect_pairs": "memgen_lens.analysis",
     "complete": "memgen_lens.behavior",
@@ -89,6 +91,7 @@ __all__ = [
     "TrainConfig",
     "attribute",
     "attribute_streaming",
+    "benchmark_methods",
     "choose_setting",
     "collect_pairs",
     "complete",

@@ -1,4 +1,4 @@
-"""The shell: ``memgen-lens run PRESET --out DIR``, ``memgen-lens report DIR``, ``memgen-lens presets``.
+"""The shell: ``memgen-lens run PRESET --out DIR``, ``report DIR``, ``benchmark DIR... --out DIR``, ``presets``.
 
 Flags are made of the settings' fields by tyro; nothing heavy is imported before a command runs. A user's error is one
 line on standard error and exit code 2.
@@ -47,6 +47,24 @@ class ReportArguments:
     """Run directory."""
 
 
+@dataclass(frozen=True)
+class BenchmarkArguments:
+    """Hold all ways to score neurons against each other on runs, planted ones among them; write methods.html."""
+
+    directories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR...")]
+    """Run directories."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """Where methods.json and methods.html are written."""
+    site: str = "post"
+    """Site whose neurons are scored; plants are in post."""
+    exact_pairs: int = 32
+    """Pairs that the methods which run the model once a neuron are given at most."""
+    device: str = "cpu"
+    """Torch device."""
+    seed: int = 0
+    """Seed of the splits and of random neurons."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong call as one of our errors."""
 
@@ -86,6 +104,7 @@ def _run(arguments: list[str]) -> None:
     )
     run.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
     commands.add_parser("report", help="write the report of a run directory again", add_help=False)
+    commands.add_parser("benchmark", help="hold all ways to score neurons against each other", add_help=False)
     commands.add_parser("presets", help="list the presets")
     # Flags behind the command (and the preset) are tyro's.
     n_ours = 2 if arguments[:1] == ["run"] else 1
@@ -95,6 +114,8 @@ def _run(arguments: list[str]) -> None:
         _run_preset(chosen.preset, rest)
     elif chosen.command == "report":
         _report(_parse(ReportArguments, rest, prog="memgen-lens report"))
+    elif chosen.command == "benchmark":
+        _benchmark(_parse(BenchmarkArguments, rest, prog="memgen-lens benchmark"))
     else:
         parser.parse_args([*ours, *rest])
         _list_presets()
@@ -123,6 +144,19 @@ def _report(parsed: ReportArguments) -> None:
     from memgen_lens.viz.report import write_report
 
     print(f"report: {write_report(parsed.directory)}")  # noqa: T201
+
+
+def _benchmark(parsed: BenchmarkArguments) -> None:
+    from memgen_lens.method_benchmark import benchmark_methods
+    from memgen_lens.viz.methods_page import write_methods_page
+
+    how = {"site": parsed.site, "exact_pairs": parsed.exact_pairs, "device": parsed.device, "seed": parsed.seed}
+    found = benchmark_methods(parsed.directories, **how)
+    found.save(parsed.out)
+    for model in found.models:
+        few = f" in {model.n_sufficient} of {model.n_neurons} neurons" if model.n_sufficient else ""
+        print(f"{model.name} ({model.kind}): {model.verdict}{few}, by {model.best}")  # noqa: T201
+    print(f"page: {write_methods_page(found, parsed.out)}")  # noqa: T201
 
 
 def _list_presets() -> None:

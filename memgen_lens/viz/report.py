@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
@@ -60,30 +60,35 @@ def write_report(directory: str | Path) -> Path:
 def render(run: RunContents) -> str:
     """The report of a run as HTML."""
     tables = _tables(run)
-    return _template().render(
-        run=run,
-        title=_title(run),
-        verdict=wording.verdict(run),
-        key_figures=wording.key_figures(run),
-        figures={name: _html(name, figure) for name, figure in _figures(run)},
-        splits=_splits(run),
-        facts=_facts(run),
-        examples=_examples(run.outcomes),
-        long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
-        sites=[_site(scores) for scores in run.scores],
-        tables=tables,
-        halves=run.halves.summary() if run.halves is not None else None,
-        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
-        sweep_rows=_best_rows(run),
-        toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
-        settings=_settings(run.config),
-        colors=BEHAVIOR_COLORS,
-        plotlyjs=get_plotlyjs(),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            title=_title(run),
+            verdict=wording.verdict(run),
+            key_figures=wording.key_figures(run),
+            figures={name: as_html(name, figure) for name, figure in _figures(run)},
+            splits=_splits(run),
+            facts=_facts(run),
+            examples=_examples(run.outcomes),
+            long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
+            sites=[_site(scores) for scores in run.scores],
+            tables=tables,
+            halves=run.halves.summary() if run.halves is not None else None,
+            steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
+            sweep_rows=_best_rows(run),
+            toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
+            settings=_settings(run.config),
+            colors=BEHAVIOR_COLORS,
+            plotlyjs=get_plotlyjs(),
+        )
     )
 
 
 @cache
-def _template() -> Template:
+def environment() -> Environment:
+    """Templates, and how they write numbers."""
     environment = Environment(
         loader=PackageLoader("memgen_lens.viz"),
         autoescape=True,
@@ -99,7 +104,7 @@ def _template() -> Template:
         "mode": lambda setting: setting.mode if setting.size is None else rule_of(setting.mode, setting.size),
         "label": lambda name: str(name).replace("_", " "),
     }
-    return environment.get_template("report.html.j2")
+    return environment
 
 
 def _title(run: RunContents) -> str:
@@ -145,7 +150,7 @@ def _chosen(run: RunContents) -> Any:
     return run.shift.setting if run.shift is not None and run.shift.setting in swept else None
 
 
-def _html(name: str, figure: go.Figure) -> str:
+def as_html(name: str, figure: go.Figure) -> str:
     """A figure as a div and the script that draws it; plotly.js itself is in the page once."""
     # Plotly's own bar of buttons has one that uploads the figure's data: ours saves it to a file and no more.
     config = {
