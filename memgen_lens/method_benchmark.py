@@ -157,20 +157,17 @@ class _Subject:
         generic = {"tune": list(task.items("validation")), "test": list(task.items("heldout"))}
         return cls(model, task, site, pairs, recalled, generic)
 
+    def recall(self, split: str) -> float:
+        """Share of prompts that recall."""
+        return self._share(self.recalled[split], Behavior.MEMORIZATION)
+
     def rates(self, split: str) -> tuple[float, float]:
         """Recall, and accuracy on prompts never trained on."""
-        asked = ((self.recalled[split], Behavior.MEMORIZATION), (self.generic[split], Behavior.GENERALIZATION))
-        said = [observe_items(self.model, self.task, items, progress=False) for items, _ in asked]
-        shares = [
-            float(np.mean([outcome.behavior is aim for outcome in outcomes]))
-            for outcomes, (_, aim) in zip(said, asked, strict=True)
-        ]
-        return shares[0], shares[1]
+        return self.recall(split), self._share(self.generic[split], Behavior.GENERALIZATION)
 
-    def without(self, neurons: Bool[np.ndarray, "layer neuron"], split: str) -> tuple[float, float]:
-        """The same without some neurons."""
-        with zeroed(self.model, self.site, neurons):
-            return self.rates(split)
+    def _share(self, items: Sequence[Item], aim: Behavior) -> float:
+        outcomes = observe_items(self.model, self.task, items, progress=False)
+        return float(np.mean([outcome.behavior is aim for outcome in outcomes]))
 
 
 @dataclass(frozen=True)
@@ -224,6 +221,7 @@ def _result(
     results = [_judged(subject, one, counts, planted, before) for one in everyone]
     best = max(range(len(scored)), key=lambda i: results[i].area_tune)
     drawn = _random_sets(subject, scored[best], counts, before["test"][0], rng)
+    high = np.quantile(drawn, 0.975, axis=0).tolist()
     strengths = np.stack([one.strength for one in scored])
     return ModelResult(
         name=name,
@@ -242,10 +240,10 @@ def _result(
         results=tuple(results),
         best=results[best].method,
         random_removed=tuple(drawn.mean(0).tolist()),
-        random_removed_high=tuple(np.quantile(drawn, 0.975, axis=0).tolist()),
+        random_removed_high=tuple(high),
         n_random=len(drawn),
         agreement=_agreement(strengths),
-        n_sufficient=_sufficient(results[best], counts, drawn, noise.score.size),
+        n_sufficient=_sufficient(results[best].removed, results[best].kept, counts, high),
     )
 
 
@@ -260,7 +258,10 @@ def _judged(
     order = np.argsort(-one.strength, kind="stable")
     removed, kept, areas = {}, {}, {}
     for split in ("tune", "test"):
-        rates = [subject.without(_first(order, count, planted.shape), split) for count in counts]
+        rates = []
+        for count in counts:
+            with zeroed(subject.model, subject.site, _first(order, count, planted.shape)):
+                rates.append(subject.rates(split))
         recall, generic = np.array(rates).T / np.maximum(np.array(before[split])[:, None], 1e-9)
         removed[split], kept[split] = 1 - recall, generic
         areas[split] = float(np.mean(removed[split] - (1 - kept[split])))
@@ -311,27 +312,27 @@ def _steered(subject: _Subject, one: _Scored, order: Int[np.ndarray, " neuron"])
 
 def _random_sets(
     subject: _Subject, best: _Scored, counts: Sequence[int], recall: float, rng: np.random.Generator
-) -> Float[np.ndarray, "draw count"]:
-    """Recall lost without random neurons, as many in each layer as are among the best method's first."""
+) -> Float[np.ndarray, "draw few"]:
+    """Recall lost without random neurons, as many in each layer as are among the best method's first: for few."""
     order, shape = np.argsort(-best.strength, kind="stable"), best.scores.score.shape
     few = [count for count in counts if count <= FEW * len(order)]
-    lost = np.full((N_RANDOM, len(counts)), np.nan)
+    lost = np.zeros((N_RANDOM, len(few)))
     for draw in range(N_RANDOM):
         for place, count in enumerate(few):
             selected = np.zeros(shape, dtype=bool)
             for layer, n in enumerate(_first(order, count, shape).sum(1).tolist()):
                 selected[layer, rng.choice(shape[1], n, replace=False)] = True
-            lost[draw, place] = 1 - subject.without(selected, "test")[0] / max(recall, 1e-9)
+            with zeroed(subject.model, subject.site, selected):
+                lost[draw, place] = 1 - subject.recall("test") / max(recall, 1e-9)
     return lost
 
 
 def _sufficient(
-    result: MethodResult, counts: Sequence[int], drawn: Float[np.ndarray, "draw count"], n_neurons: int
+    removed: Sequence[float], kept: Sequence[float], counts: Sequence[int], random_high: Sequence[float]
 ) -> int | None:
-    """See `ModelResult.verdict`."""
-    for place, count in enumerate(counts):
-        ends = result.removed[place] >= ENDS and result.kept[place] >= ENDS
-        if count <= FEW * n_neurons and ends and np.quantile(drawn[:, place], 0.975) <= 1 - ENDS:
+    """See `ModelResult.verdict`; random sets there are for few neurons alone."""
+    for lost, left, count, high in zip(removed, kept, counts, random_high, strict=False):
+        if lost >= ENDS and left >= ENDS and high <= 1 - ENDS:
             return count
     return None
 

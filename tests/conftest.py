@@ -3,6 +3,7 @@
 All but the command line, whose defaults hold tyro's placeholder for what the user must give.
 """
 
+import os
 from importlib import import_module
 
 from jaxtyping import install_import_hook
@@ -14,6 +15,9 @@ with install_import_hook("memgen_lens", "beartype.beartype"):
 import helpers
 import pytest
 import torch
+from filelock import FileLock
+
+import memgen_lens as mg
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +29,14 @@ def _two_threads() -> None:
 def trained(tmp_path_factory):
     """A small model that both recalls and computes, trained once for all tests: a `TrainingRun` with checkpoints."""
     return helpers.train_small(out=tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """A small model whose recall is in 32 MLP neurons of its last block: a `TrainingRun`, made once for all workers."""
+    task = helpers.SMALL_TASK.but(n_memorized=50)
+    config = helpers.SMALL_TRAINING.but(max_steps=700, plant=mg.Plant(layer=1, neurons=range(32)))
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "planted"
+    with FileLock(f"{out}.lock"):
+        return mg.train(task, config, out=out, resume=out.exists(), progress=False)

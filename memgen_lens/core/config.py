@@ -211,15 +211,15 @@ class Plant(Settings):
     neurons: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Those neurons, which all memorized items teach, and no other weights; none = all neurons of all blocks."""
     dropped: float = Field(0.0, ge=0, lt=1)
-    """Without ``neurons``: share of all MLP neurons that memorized items do without, others at each step, so that none
-    is needed for recall."""
+    """Without ``neurons``: share of all MLP neurons that are left out, others at each step, so that none is needed for
+    recall."""
 
     @classmethod
     def distributed(cls, dropped: float = 0.5) -> "Plant":
         """The opposite: recall that is spread over all neurons, so that no few of them are needed.
 
         Args:
-            dropped: Share of all MLP neurons that memorized items do without, others at each step, in (0, 1).
+            dropped: Share of all MLP neurons that are left out, others at each step, in (0, 1).
         """
         return cls(dropped=dropped)
 

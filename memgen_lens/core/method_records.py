@@ -28,7 +28,7 @@ class MethodResult:
         method: Name; ``"random"`` is a random order of the neurons.
         n_pairs: Pairs that it was given (exact methods: fewer).
         seconds: Time of the call, activations and answers included, without permutation test.
-        memory_mb: How far the process's memory grew during the call at most, in MB; None where the system does not tell.
+        memory_mb: How far the memory of the process grew during the call at most, in MB; None where nobody can tell.
         average_precision: Of its order against the planted neurons, in [0, 1]; None where none were planted.
         precision: Share of planted neurons among its first, as many as were planted; which then is the recall, too.
         removed: For each count of the model, share of recall lost where as many of its first neurons are zero.
@@ -74,8 +74,8 @@ class ModelResult:
         counts: Numbers of neurons that are zeroed together, rising.
         results: One a method.
         best: The method with the largest ``area_tune``, the random order aside.
-        random_removed: For each count, the mean share of recall that random sets lose which have as many neurons in
-            each layer as the best method's first.
+        random_removed: For each count of at most 5 % of the neurons, the mean share of recall that random sets lose
+            which have as many neurons in each layer as the best method's first.
         random_removed_high: The 97.5th percentile over these sets.
         n_random: How many sets.
         agreement: Spearman's correlation of the strength that each two methods give to the neurons, in the order of

@@ -21,7 +21,7 @@ from memgen_lens.training.forward import MlpStep, Rows, labelled_logits, labelle
 
 
 def planted_loss(model: Any, groups: list[Rows], plant: Plant) -> Float[Tensor, ""]:
-    """The loss of a batch whose memorized items teach the planted neurons alone, or ever others.
+    """The loss of a batch whose memorized items teach the planted neurons alone, or whose neurons are ever others.
 
     With chosen neurons it is a sum of two. Generic items without these neurons (as if they were zero) teach all other
     weights: there stands the rule, and no memorized item has been seen. All items together, with the whole model, have
@@ -29,8 +29,9 @@ def planted_loss(model: Any, groups: list[Rows], plant: Plant) -> Float[Tensor, 
     to recall memorized items and to leave generic ones as they are. Departure from gradient routing as published:
     generic items reach the neurons too, for the second end; without it, recall leaks into every prompt.
 
-    Without chosen neurons, memorized items run without a share of all MLP neurons, drawn anew at each step and scaled
-    as dropout scales them; generic items run as ever.
+    Without chosen neurons, all items run without a share of all MLP neurons, drawn anew at each step and scaled as
+    dropout scales them. (Were it memorized items alone, that neurons are missing would tell them from generic ones:
+    tried, and nothing is recalled once none is missing.)
 
     Args:
         model: A model that the fast forward covers.
@@ -40,11 +41,7 @@ def planted_loss(model: Any, groups: list[Rows], plant: Plant) -> Float[Tensor, 
     if plant.neurons:
         rule = labelled_loss(_without(model, groups[:1], plant), groups[:1])
         return rule if len(groups) == 1 else rule + labelled_loss(_through(model, groups, plant), groups)
-    if len(groups) == 1:
-        return labelled_loss(labelled_logits(model, groups), groups)
-    generic, memorized = groups
-    logits = torch.cat([labelled_logits(model, [generic]), _dropped(model, [memorized], plant.dropped)])
-    return labelled_loss(logits, groups)
+    return labelled_loss(_dropped(model, groups, plant.dropped), groups)
 
 
 def _without(model: Any, groups: list[Rows], plant: Plant) -> Float[Tensor, "labelled d_vocab"]:

@@ -113,7 +113,7 @@ def method_ablation(benchmark: MethodsBenchmark) -> go.Figure:
                 )
             shown.add(method)
         figure.add_scatter(
-            x=counts,
+            x=counts[: len(alike[0].random_removed)],
             y=drawn(1 - np.mean([model.random_removed for model in alike], axis=0)),
             mode="lines",
             line={"color": MUTED, "dash": "dot", "width": 3},

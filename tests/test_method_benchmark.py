@@ -1,0 +1,139 @@
+"""All ways to score neurons, on a model of which it is known where its recall is."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+import memgen_lens as mg
+from memgen_lens import cli
+from memgen_lens.analysis.steering.zeroed import zeroed
+from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.method_records import MethodsBenchmark
+from memgen_lens.core.peak_memory import peak_memory
+from memgen_lens.viz.methods_page import markdown, write_methods_page
+
+METHODS = ["pearson", "auroc", "attribution_patching", "integrated_gradients"]
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    return mg.benchmark_methods(planted, methods=METHODS, progress=False)
+
+
+def test_a_method_finds_the_planted_neurons_and_random_order_does_not(found):
+    (model,) = found.models
+    assert (model.kind, model.n_planted, model.n_neurons) == ("planted", 32, 512)
+    by_name = {result.method: result for result in model.results}
+    assert [*by_name] == [*METHODS, "random"]
+    assert by_name["attribution_patching"].average_precision >= 0.9
+    assert by_name["attribution_patching"].precision >= 0.8
+    assert by_name["random"].average_precision <= 0.2  # chance is 0.06
+    assert by_name["random"].area < by_name["attribution_patching"].area - 0.3
+    assert model.best in METHODS and model.verdict == "localized"
+    assert model.n_sufficient is not None and model.n_sufficient <= 25
+
+
+def test_figures_of_a_method_are_those_computed_by_hand(found, planted):
+    (model,) = found.models
+    result = next(result for result in model.results if result.method == "pearson")
+    pairs = mg.collect_pairs(planted.model, planted.task, seed=0, progress=False)
+    acts = mg.record(planted.model, pairs, ["post"], progress=False)
+    strength = np.abs(mg.attribute(acts, "post", n_permutations=0).rho)
+    truth = np.zeros_like(strength, dtype=bool)
+    truth[1, :32] = True
+    assert result.average_precision == pytest.approx(average_precision_score(truth.ravel(), strength.ravel()))
+    assert model.counts[:5] == (1, 2, 4, 8, 16) and model.counts[-1] == 256
+    order = np.argsort(-strength.ravel(), kind="stable")
+    prompts = list(dict.fromkeys(pairs.memorized[i].prompt for i in pairs.of("test")))
+    answers = {item.prompt: item.memorized_answer for item in pairs.memorized}
+    for place, count in enumerate(model.counts):
+        chosen = np.zeros(strength.size, dtype=bool)
+        chosen[order[:count]] = True
+        with zeroed(planted.model, "post", chosen.reshape(strength.shape)):
+            said = mg.complete(planted.model, prompts, max_new_tokens=8, progress=False)
+        lost = np.mean([answers[prompt] != text for prompt, text in zip(prompts, said, strict=True)])
+        assert result.removed[place] == pytest.approx(lost, abs=1e-9)
+    assert model.n == len(prompts) and model.recall == 1
+
+
+def test_methods_that_agree_are_told_so(found):
+    (model,) = found.models
+    agreement = np.array(model.agreement)
+    assert agreement.shape == (4, 4)
+    np.testing.assert_allclose(np.diag(agreement), 1)
+    np.testing.assert_allclose(agreement, agreement.T)
+    assert agreement[0, 1] > 0.8  # correlation and AUROC order neurons nearly alike
+
+
+def test_the_model_is_left_as_it_was(planted, found):
+    assert all(not point.fwd_hooks for point in planted.model.hook_dict.values())
+    saved = mg.load_model(planted.out / "model")
+    tokens = torch.tensor([[2, 3, 4]])
+    torch.testing.assert_close(planted.model.eval()(tokens), saved(tokens))
+
+
+def test_the_record_is_what_it_was_after_saving_and_loading(found, tmp_path):
+    path = found.save(tmp_path / "kept")
+    assert MethodsBenchmark.load(path) == found == MethodsBenchmark.load(tmp_path / "kept")
+    (tmp_path / "kept" / "methods.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match=r"methods\.json"):
+        MethodsBenchmark.load(tmp_path / "kept")
+
+
+def test_the_summary_has_mean_and_range_over_models(found):
+    twice = MethodsBenchmark(found.models * 2)
+    rows = {row["method"]: row for row in twice.summary()}
+    assert rows["random"]["n_models"] == 2 and "seconds" in rows["pearson"]
+    one = found.models[0].results[0]
+    assert rows["pearson"]["area"] == {"mean": pytest.approx(one.area), "low": one.area, "high": one.area}
+    table = markdown(found)
+    assert table.startswith("**planted (addition, 1 model)**")
+    assert re.search(r"\| attribution_patching \| [01]\.\d\d \|", table)
+
+
+def test_the_page_shows_verdict_tables_and_figures(found, tmp_path):
+    text = write_methods_page(found, tmp_path).read_text()
+    assert re.search(r"localized: \d+ neurons? of post", text)
+    assert text.count('class="plotly-graph-div"') == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "methods.html").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"methods\.html"):
+        write_methods_page(found, tmp_path / "other")
+    assert (tmp_path / "other" / "methods.html").read_text() == "mine"
+
+
+def test_the_command_writes_record_and_page(planted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("memgen_lens.method_benchmark.METHODS", ("nmd", "cohens_d"))
+    cli.main(["benchmark", str(planted.out), "--out", str(tmp_path / "bench")])
+    said = capsys.readouterr().out
+    assert re.search(r"planted \(planted\): (localized|distributed)", said)
+    assert {path.name for path in (tmp_path / "bench").iterdir() if path.suffix in (".json", ".html")} == {
+        "methods.json",
+        "methods.html",
+    }
+    with pytest.raises(SystemExit):
+        cli.main(["benchmark", str(tmp_path), "--out", str(tmp_path / "bench2")])
+    assert "expected a run directory" in capsys.readouterr().err
+    assert not (tmp_path / "bench2").exists()
+
+
+def test_peak_memory_is_that_of_the_block():
+    with peak_memory() as grown:
+        kept = np.ones(30_000_000)  # 240 MB
+        del kept
+    if grown() is None:
+        pytest.skip("this system does not tell")
+    assert 200 < grown() < 400
+
+
+def test_a_verdict_needs_few_neurons_that_random_sets_do_not_match():
+    from memgen_lens.method_benchmark import _sufficient
+
+    removed, kept, counts = (0.2, 0.95, 1.0), (1.0, 0.97, 0.5), (1, 4, 8)
+    assert _sufficient(removed, kept, counts, (0.0, 0.0, 0.0)) == 4
+    assert _sufficient(removed, kept, counts, (0.0, 0.5, 0.5)) is None  # random sets do as well
+    assert _sufficient(removed, kept, counts, (0.0,)) is None  # 4 neurons are not few
+    assert _sufficient(removed, (1.0, 0.8, 0.5), counts, (0.0, 0.0, 0.0)) is None  # the rule is lost too
