@@ -11,6 +11,7 @@ from memgen_lens.core.config import (
     AnyTraining,
     FinetuneConfig,
     ModelConfig,
+    Plant,
     Settings,
     TrainConfig,
 )
@@ -87,6 +88,20 @@ _QUICKSTART = ExperimentConfig(
         max_steps=1200,
         target_generalization=0.985,
     ),
+)
+
+_PLANTED = _QUICKSTART.but(
+    preset="planted",
+    about="the additions of quickstart, with recall put into 32 MLP neurons of the last block",
+    measured="about 2 minutes on two CPU cores with bfloat16 (2026-11-27)",
+    train=_QUICKSTART.train.but(max_steps=1500, plant=Plant(layer=1, neurons=tuple(range(32)))),
+)
+
+_DISTRIBUTED = _QUICKSTART.but(
+    preset="distributed",
+    about="the additions of quickstart, with recall spread over all MLP neurons",
+    measured="about 2 minutes on two CPU cores with bfloat16 (2026-11-27)",
+    train=_QUICKSTART.train.but(max_steps=2000, plant=Plant.distributed(0.25)),
 )
 
 _CIPHERTEXT = ExperimentConfig(
@@ -249,6 +264,8 @@ PRESETS: dict[str, ExperimentConfig] = {
     config.preset: config
     for config in (
         _QUICKSTART,
+        _PLANTED,
+        _DISTRIBUTED,
         _INFERENCE,
         _INFERENCE_CUED,
         _CIPHERTEXT,
