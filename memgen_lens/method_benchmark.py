@@ -10,39 +10,42 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy.stats import spearmanr
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
-from memgen_lens.analysis import Steering, attribute, collect_pairs
+from memgen_lens.analysis import attribute
 from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, Method, Observational
-from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.zeroed import zeroed
-from memgen_lens.behavior import observe_items
+from memgen_lens.analysis.steering.ranked import (
+    Subject,
+    counts_of,
+    order_of,
+    random_sets,
+    steered,
+    strength_of,
+    without_first,
+)
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import Plant
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import read_json
-from memgen_lens.core.items import Item, same_items
-from memgen_lens.core.method_records import FEW, MethodResult, MethodsBenchmark, ModelResult
-from memgen_lens.core.pairs import PromptPairs
+from memgen_lens.core.items import same_items
+from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, ModelResult
 from memgen_lens.core.peak_memory import peak_memory
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import NeuronScores
-from memgen_lens.core.types import Behavior, LensModel
+from memgen_lens.core.stats import row_correlation
+from memgen_lens.core.types import LensModel
 from memgen_lens.models import load_model
 from memgen_lens.tasks.task import Task
 from memgen_lens.training import TrainingRun
 
 METHODS: tuple[Method, ...] = (*get_args(Observational), *CAUSAL)
-N_RANDOM = 40
-"""Random sets of neurons that the best method's are held against."""
-NORMS = (0.5, 1.0, 2.0)
-"""Norms of a shift to choose from, in multiples of the norm of all neurons' NMD."""
 ENDS = 0.9
 """Share of recall that is lost where recall ends, and of held-out accuracy that is left."""
+BY_CHANCE = 0.5
+"""Share of recall that random neurons may take, where few neurons are said to suffice."""
 
 
 @arguments(
@@ -93,7 +96,7 @@ def benchmark_methods(
     found = []
     with progress_bar(len(several) * (len(methods) + 1), "benchmark", shown=progress) as bar:
         for name, model, task, settings in (_opened(run, device) for run in several):
-            subject = _Subject.of(model, task, site, seed=seed)
+            subject = Subject.of(model, task, site, seed=seed)
             plant = Plant(**settings["plant"]) if settings.get("plant") else None
             scored = []
             for method in methods:
@@ -127,50 +130,6 @@ def _opened(run: TrainingRun | str | Path, device: str) -> tuple[str, LensModel,
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A model, its pairs, and the prompts that are asked of it again and again.
-
-    Attributes:
-        model: The model.
-        task: Its task.
-        site: The site.
-        pairs: Its pairs.
-        recalled: By split, one prompt of each pair that recalls, none twice.
-        generic: Validation prompts (``"tune"``) and held-out ones (``"test"``).
-    """
-
-    model: LensModel
-    task: Any
-    site: str
-    pairs: PromptPairs
-    recalled: dict[str, list[Item]]
-    generic: dict[str, list[Item]]
-
-    @classmethod
-    def of(cls, model: LensModel, task: Any, site: str, *, seed: int) -> "_Subject":
-        pairs = collect_pairs(model, task, seed=seed, progress=False)
-        pairs.require(1, len(pairs), call="benchmark_methods")
-        recalled = {
-            split: list({pairs.memorized[i].prompt: pairs.memorized[i] for i in pairs.of(split)}.values())
-            for split in ("tune", "test")
-        }
-        generic = {"tune": list(task.items("validation")), "test": list(task.items("heldout"))}
-        return cls(model, task, site, pairs, recalled, generic)
-
-    def recall(self, split: str) -> float:
-        """Share of prompts that recall."""
-        return self._share(self.recalled[split], Behavior.MEMORIZATION)
-
-    def rates(self, split: str) -> tuple[float, float]:
-        """Recall, and accuracy on prompts never trained on."""
-        return self.recall(split), self._share(self.generic[split], Behavior.GENERALIZATION)
-
-    def _share(self, items: Sequence[Item], aim: Behavior) -> float:
-        outcomes = observe_items(self.model, self.task, items, progress=False)
-        return float(np.mean([outcome.behavior is aim for outcome in outcomes]))
-
-
-@dataclass(frozen=True)
 class _Scored:
     """What a method said, and what that cost."""
 
@@ -178,14 +137,8 @@ class _Scored:
     seconds: float
     memory_mb: float | None
 
-    @property
-    def strength(self) -> Float[np.ndarray, " neuron"]:
-        """What neurons are ordered by, as `Steering.from_scores` orders them."""
-        score = self.scores.score.ravel()
-        return score if self.scores.method in CAUSAL else np.abs(score)
 
-
-def _scored(subject: _Subject, method: Method, exact_pairs: int, seed: int) -> _Scored:
+def _scored(subject: Subject, method: Method, exact_pairs: int, seed: int) -> _Scored:
     pairs = subject.pairs
     index = pairs.of("select")
     if method in EXACT:
@@ -209,20 +162,20 @@ def _scored(subject: _Subject, method: Method, exact_pairs: int, seed: int) -> _
 
 
 def _result(
-    subject: _Subject, scored: Sequence[_Scored], plant: Plant | None, *, name: str, trained: int, seed: int
+    subject: Subject, scored: Sequence[_Scored], plant: Plant | None, *, name: str, trained: int, seed: int
 ) -> ModelResult:
     rng = np.random.default_rng(seed)
     shape = scored[0].scores.score.shape
     noise = replace(scored[0].scores, method="random", score=rng.random(shape))
     everyone = [*scored, _Scored(noise, 0.0, None)]
-    counts = _counts(noise.score.size)
+    counts = counts_of(noise.score.size)
     planted = _planted(plant, subject.site, shape)
     before = {split: subject.rates(split) for split in ("tune", "test")}
     results = [_judged(subject, one, counts, planted, before) for one in everyone]
     best = max(range(len(scored)), key=lambda i: results[i].area_tune)
-    drawn = _random_sets(subject, scored[best], counts, before["test"][0], rng)
+    drawn = random_sets(subject, scored[best].scores, counts, before["test"][0], rng)
     high = np.quantile(drawn, 0.975, axis=0).tolist()
-    strengths = np.stack([one.strength for one in scored])
+    strengths = np.stack([strength_of(one.scores) for one in scored])
     return ModelResult(
         name=name,
         kind="ordinary" if plant is None else "planted" if plant.neurons else "distributed",
@@ -248,24 +201,19 @@ def _result(
 
 
 def _judged(
-    subject: _Subject,
+    subject: Subject,
     one: _Scored,
     counts: Sequence[int],
     planted: Bool[np.ndarray, "layer neuron"],
     before: dict[str, tuple[float, float]],
 ) -> MethodResult:
     """Everything of one method on one model."""
-    order = np.argsort(-one.strength, kind="stable")
+    order = order_of(one.scores)
     removed, kept, areas = {}, {}, {}
     for split in ("tune", "test"):
-        rates = []
-        for count in counts:
-            with zeroed(subject.model, subject.site, _first(order, count, planted.shape)):
-                rates.append(subject.rates(split))
-        recall, generic = np.array(rates).T / np.maximum(np.array(before[split])[:, None], 1e-9)
-        removed[split], kept[split] = 1 - recall, generic
+        removed[split], kept[split] = without_first(subject, order, counts, planted.shape, split, before[split])
         areas[split] = float(np.mean(removed[split] - (1 - kept[split])))
-    steered, norm = _steered(subject, one, order)
+    shifted, norm = steered(subject, one.scores, order)
     there = bool(planted.any())
     hits = planted.ravel()[order[: int(planted.sum())]]
     return MethodResult(
@@ -273,58 +221,15 @@ def _judged(
         n_pairs=one.scores.n_pairs,
         seconds=one.seconds,
         memory_mb=one.memory_mb,
-        average_precision=float(average_precision_score(planted.ravel(), one.strength)) if there else None,
+        average_precision=float(average_precision_score(planted.ravel(), strength_of(one.scores))) if there else None,
         precision=float(hits.mean()) if there else None,
         removed=tuple(removed["test"].tolist()),
         kept=tuple(kept["test"].tolist()),
         area=areas["test"],
         area_tune=areas["tune"],
-        steered=steered,
+        steered=shifted,
         norm=norm,
     )
-
-
-def _steered(subject: _Subject, one: _Scored, order: Int[np.ndarray, " neuron"]) -> tuple[float, float]:
-    """Share of recalled ``test`` prompts that compute, shifted by the norm that did best on ``tune``."""
-    scores = one.scores
-    selected = _first(order, max(1, round(FEW * scores.score.size)), scores.score.shape)
-    steer = Steering.from_scores(replace(scores, score=np.where(selected, 1.0, 0.0), method="chosen"), FEW, 1.0)
-    length, whole = np.linalg.norm(steer.shift), np.linalg.norm(scores.nmd)
-    shifts = [steer.shift * (norm * whole / max(length, 1e-12)) for norm in NORMS]
-    judge = Judge.of(subject.model, subject.task, subject.pairs, batch_size=2048)
-
-    def shares(split: str, shifts: Sequence[np.ndarray]) -> list[dict[Behavior, float]]:
-        items = subject.recalled[split]
-        outputs = steered_outputs(
-            subject.model,
-            [item.prompt for item in items],
-            [replace(steer, shift=shift) for shift in shifts],
-            toward="generalization",
-            max_new_tokens=judge.max_new_tokens,
-        )
-        shown = [[judge.behavior(item, said) for item, said in zip(items, row, strict=True)] for row in outputs]
-        return [{kind: float(np.mean([b is kind for b in row])) for kind in Behavior} for row in shown]
-
-    tried = shares("tune", shifts)
-    best = max(range(len(NORMS)), key=lambda i: tried[i][Behavior.GENERALIZATION] - tried[i][Behavior.OTHER])
-    return shares("test", [shifts[best]])[0][Behavior.GENERALIZATION], NORMS[best]
-
-
-def _random_sets(
-    subject: _Subject, best: _Scored, counts: Sequence[int], recall: float, rng: np.random.Generator
-) -> Float[np.ndarray, "draw few"]:
-    """Recall lost without random neurons, as many in each layer as are among the best method's first: for few."""
-    order, shape = np.argsort(-best.strength, kind="stable"), best.scores.score.shape
-    few = [count for count in counts if count <= FEW * len(order)]
-    lost = np.zeros((N_RANDOM, len(few)))
-    for draw in range(N_RANDOM):
-        for place, count in enumerate(few):
-            selected = np.zeros(shape, dtype=bool)
-            for layer, n in enumerate(_first(order, count, shape).sum(1).tolist()):
-                selected[layer, rng.choice(shape[1], n, replace=False)] = True
-            with zeroed(subject.model, subject.site, selected):
-                lost[draw, place] = 1 - subject.recall("test") / max(recall, 1e-9)
-    return lost
 
 
 def _sufficient(
@@ -332,22 +237,9 @@ def _sufficient(
 ) -> int | None:
     """See `ModelResult.verdict`; random sets there are for few neurons alone."""
     for lost, left, count, high in zip(removed, kept, counts, random_high, strict=False):
-        if lost >= ENDS and left >= ENDS and high <= 1 - ENDS:
+        if lost >= ENDS and left >= ENDS and high <= BY_CHANCE:
             return count
     return None
-
-
-def _counts(n: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to 5 % of the neurons; 5, 10, 25 and 50 %."""
-    few = max(1, int(FEW * n))
-    powers = [2**i for i in range(few.bit_length()) if 2**i < few]
-    return tuple(sorted({*powers, few, *(max(1, round(share * n)) for share in (0.1, 0.25, 0.5))}))
-
-
-def _first(order: Int[np.ndarray, " neuron"], count: int, shape: tuple[int, ...]) -> Bool[np.ndarray, "layer neuron"]:
-    selected = np.zeros(len(order), dtype=bool)
-    selected[order[:count]] = True
-    return selected.reshape(shape)
 
 
 def _planted(plant: Plant | None, site: str, shape: tuple[int, ...]) -> Bool[np.ndarray, "layer neuron"]:
@@ -358,7 +250,6 @@ def _planted(plant: Plant | None, site: str, shape: tuple[int, ...]) -> Bool[np.
 
 
 def _agreement(strengths: Float[np.ndarray, "method neuron"]) -> tuple[tuple[float, ...], ...]:
-    if len(strengths) < 3:  # scipy gives a number, not a matrix, for two
-        pairs = [[float(spearmanr(a, b).statistic) for b in strengths] for a in strengths]
-        return tuple(map(tuple, pairs))
-    return tuple(map(tuple, np.asarray(spearmanr(strengths, axis=1).statistic).tolist()))
+    """Spearman's correlation of each two rows: Pearson's of their ranks."""
+    ranks = rankdata(strengths, axis=1)
+    return tuple(tuple(row_correlation(ranks, np.broadcast_to(rank, ranks.shape)).tolist()) for rank in ranks)

@@ -33,9 +33,19 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
-    """A small model whose recall is in 32 MLP neurons of its last block: a `TrainingRun`, made once for all workers."""
-    task = helpers.SMALL_TASK.but(n_memorized=50)
-    config = helpers.SMALL_TRAINING.but(max_steps=700, plant=mg.Plant(layer=1, neurons=range(32)))
+    """A small model whose recall is in 12 MLP neurons of its last block: a `TrainingRun`, made once for all workers."""
+    preset = mg.presets["planted"]
+    task = preset.task.but(n_memorized=48, n_heldout=100, n_validation=60)
+    config = preset.train.but(
+        model=preset.train.model.but(d_mlp=256),
+        max_steps=1000,
+        batch_size=64,
+        memorized_share=0.5,
+        generic_steps=250,
+        eval_every=200,
+        target_generalization=0.97,
+        plant=mg.Plant(layer=1, neurons=range(12)),
+    )
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "planted"
     with FileLock(f"{out}.lock"):

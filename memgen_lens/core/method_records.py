@@ -109,8 +109,8 @@ class ModelResult:
         """``"localized"``: few neurons suffice.
 
         That is: zeroing some number of the best method's first neurons, at most 5 % of all, loses at least 90 % of
-        recall and at most 10 % of held-out accuracy, while no more than 1 of 40 random sets with as many neurons in
-        each layer loses more than 10 % of recall. The method is chosen on ``tune``, the numbers are of ``test``.
+        recall and at most 10 % of held-out accuracy, while at most 1 of 40 random sets with as many neurons in each
+        layer loses more than half of recall. The method is chosen on ``tune``, the numbers are of ``test``.
         """
         return "distributed" if self.n_sufficient is None else "localized"
 
@@ -191,6 +191,7 @@ def _model(value: dict[str, Any]) -> ModelResult:
         MethodResult(**result | {name: tuple(result[name]) for name in ("removed", "kept")})
         for result in value["results"]
     )
-    rows = {name: tuple(value[name]) for name in ("counts", "random_removed", "random_removed_high")}
-    agreement = tuple(tuple(np.nan if r is None else r for r in row) for row in value["agreement"])
-    return ModelResult(**value | rows | {"results": results, "agreement": agreement})
+    changed: dict[str, Any] = {name: tuple(value[name]) for name in ("counts", "random_removed", "random_removed_high")}
+    changed["agreement"] = tuple(tuple(np.nan if r is None else r for r in row) for row in value["agreement"])
+    changed["results"] = results
+    return ModelResult(**(value | changed))

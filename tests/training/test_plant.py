@@ -139,7 +139,7 @@ def rates(run, neurons=None) -> tuple[float, float]:
 
 def test_zeroing_the_planted_neurons_ends_recall_and_leaves_the_rule(planted):
     recall, heldout = rates(planted)
-    assert recall >= 0.95 and heldout >= 0.85
+    assert recall >= 0.95 and heldout >= 0.9
     own = np.zeros((2, planted.model.cfg.d_mlp), dtype=bool)
     own[planted.config.plant.layer, list(planted.config.plant.neurons)] = True
     recall, heldout = rates(planted, own)
