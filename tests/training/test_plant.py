@@ -1,5 +1,7 @@
 """Recall that is put where one knows it to be: whose weights learn what, and what comes of it."""
 
+from typing import Any
+
 import helpers
 import numpy as np
 import pytest
@@ -123,18 +125,19 @@ def test_a_planted_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path):
         folder.rmdir()
     resumed = mg.train(task, config, plant=plant, out=tmp_path / "run", resume=True, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
-    assert resumed.config.plant == plant
+    assert resumed.config == config.but(plant=plant)
 
 
-def rates(run, neurons=None) -> tuple[float, float]:
+def rates(run: Any, neurons=None) -> tuple[float, float]:
     """Recall and held-out accuracy, without some neurons."""
     none = np.zeros((2, run.model.cfg.d_mlp), dtype=bool)
-    shown = []
     with zeroed(run.model, "post", none if neurons is None else neurons):
-        for split, behavior in (("memorized", "memorization"), ("heldout", "generalization")):
-            outcomes = mg.observe(run.model, run.task, split=split, progress=False)
-            shown.append(float(np.mean([outcome.behavior == behavior for outcome in outcomes])))
-    return shown[0], shown[1]
+        recalled = mg.observe(run.model, run.task, split="memorized", progress=False)
+        computed = mg.observe(run.model, run.task, split="heldout", progress=False)
+    return (
+        float(np.mean([outcome.behavior == "memorization" for outcome in recalled])),
+        float(np.mean([outcome.behavior == "generalization" for outcome in computed])),
+    )
 
 
 def test_zeroing_the_planted_neurons_ends_recall_and_leaves_the_rule(planted):
