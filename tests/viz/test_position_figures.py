@@ -93,7 +93,7 @@ def test_steering_by_position_has_both_ways_with_intervals():
     for trace in figure.data:
         assert np.allclose(np.array(trace.y, dtype=float), result.exact_recall.rate)
         assert np.allclose(np.array(trace.y) - trace.error_y.arrayminus, result.exact_recall.low)
-        assert trace.customdata[3][1:] == ("[90.0%, 100.0%]", "24 prompts of 12 items")
+        assert list(trace.customdata[3][1:]) == ["[90.0%, 100.0%]", "24 prompts of 12 items"]
 
 
 @pytest.mark.parametrize("draw", [figures.patching_map, figures.probe_by_position, figures.steering_by_position])

@@ -72,6 +72,9 @@ def patching_map(
         denoising: (m_patched - m_computing) / (m_recalling - m_computing)
         noising:   (m_recalling - m_patched) / (m_recalling - m_computing)
 
+    Activations are changed in place, as TransformerLens' own patching does: on a Bridge, ``resid_mid`` is seen where it
+    enters the MLP, and so the stream beside the MLP is changed too.
+
     A ratio of means, not a mean of ratios: a pair whose two prompts hardly differ would have an unbounded ratio.
     Effects of different places need not sum to 1, and can lie outside [0, 1].
 
@@ -254,7 +257,10 @@ class _Patcher:
                     rows = before.unflatten(0, (len(mask), -1, len(asked.index)))  # [copy, answer, batch, pos, ...]
                     chosen = mask[:, None, None, ..., None].to(activation.device)
                     patched = torch.where(chosen, values[layer].to(rows), rows).reshape(activation[:, :width].shape)
-                    return torch.cat([patched, activation[:, width:]], dim=1)
+                    if 0 in activation.stride():  # one value stands for several places
+                        activation = activation.clone()
+                    activation[:, :width] = patched
+                    return activation
 
                 return change
 

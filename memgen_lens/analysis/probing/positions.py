@@ -114,7 +114,7 @@ def probe_by_position(
     with progress_bar(n * (1 + len(hooks)), "probing", shown=progress, unit="probe") as bar:
         for position in range(n):
             here = np.stack([values[hook][:, position] for hook in hooks], axis=1)  # [row, layer, neuron]
-            require_finite(CALL, site, np.split(here, 2), pairs)
+            require_finite(CALL, site, [here[: len(pairs)], here[len(pairs) :]], pairs)
             alone.append(data.prompt_alone(tokens[:, : tokens.shape[1] - n + position + 1]))
             bar.update()
             for layer in range(len(hooks)):
@@ -130,7 +130,7 @@ def probe_by_position(
         input_only=only,
         input_only_low=only_low,
         input_only_high=only_high,
-        tokens=tokens_at(model, *np.split(tokens, 2), n),
+        tokens=tokens_at(model, tokens[: len(pairs)], tokens[len(pairs) :], n),
         n_train=len(train),
         n_test=len(test),
         n_test_items=len(np.unique(pairs.item[test])),

@@ -118,8 +118,6 @@ def test_maps_are_those_of_transformer_lens(recalled, site):
         logits, cache = model.run_with_cache(clean)
         ends = [float(mean(model(corrupted))), float(mean(logits))]
         name = {"z": "attn_head_out_all_pos"}.get(site, site)
-        if site == "resid_mid" and not hasattr(patching, "get_act_patch_resid_mid"):
-            pytest.skip("not there")
         theirs = getattr(patching, f"get_act_patch_{name}")(model, corrupted, cache, mean).numpy()
     by = "head" if site == "z" else "position"
     ours = mg.patching_map(model, pairs, site, by=by, metric=metric, split=None, **QUIET)
@@ -161,7 +159,6 @@ def test_maps_of_answers_of_many_tokens_are_those_of_a_loop(recalled, direction)
                 model(tokens, attention_mask=torch.ones_like(tokens))
 
             def put(activation, hook, seen=seen, place=place, part=part):
-                activation = activation.clone()
                 activation[0, place, part] = seen[0][0, place, part]
                 return activation
 
@@ -176,56 +173,63 @@ def test_maps_of_answers_of_many_tokens_are_those_of_a_loop(recalled, direction)
     assert found.total == pytest.approx(abs(total) / len(pairs), abs=1e-3)
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post"])
 @pytest.mark.parametrize("kind", bridges.KINDS)
 @torch.no_grad()
-def test_on_a_pretrained_model_maps_are_those_of_raw_hooks(kind):
+def test_on_a_pretrained_model_maps_are_those_of_raw_hooks(kind, site):
     model, hf = bridges.bridge(kind), bridges.hugging_face(kind)
     n = 8
     mem, gen = ([f"{a}{b}{c}=" for a, b in zip("abcdabcd", "efghhgfe", strict=True)] for c in "12")
     pairs = mg.PromptPairs.from_strings(mem, gen, memorized_answers=["12"] * n, rule_answers=["3"] * n)
     answers = answers_of(model, pairs, batch_size=8, call="here")
     blocks = hf.transformer.h if kind == "gpt2" else hf.model.layers
+    norm = {"gpt2": "ln_2", "llama": "post_attention_layernorm", "gemma": "pre_feedforward_layernorm"}[kind]
+    places = [getattr(block, norm) if site == "resid_mid" else block for block in blocks]
 
-    def run(tokens, layer=None, position=None, value=None):
-        def put(module, inputs):
-            x = inputs[0].clone()
-            x[0, position] = value
-            return (x, *inputs[1:])
+    def run(tokens, place, look):
+        """Logits, with a look at what enters a module (or, of resid_post, leaves it), which may change it."""
+        if site == "resid_post":
+            handle = place.register_forward_hook(lambda m, i, out: look(out[0] if isinstance(out, tuple) else out))
+        else:
+            handle = place.register_forward_pre_hook(lambda m, inputs: look(inputs[0]))
+        logits = hf(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        handle.remove()
+        return logits
 
-        handle = None if layer is None else blocks[layer].register_forward_pre_hook(put)
-        found = hf(torch.tensor([tokens]), output_hidden_states=True)
-        if handle is not None:
-            handle.remove()
-        return found
-
-    def said(prompt, both, **how):
+    def said(prompt, both, place=blocks[0], look=lambda x: None):
         total = 0.0
         for sign, ids in zip((1, -1), both, strict=True):
-            logits = run(prompt + ids, **how).logits[0].log_softmax(-1)
+            logits = run(prompt + ids, place, look)
             total += sign * sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(ids))
         return total
+
+    def put(position, value):
+        def look(x):
+            x[0, position] = value  # in place: the stream beside the norm too
+
+        return look
 
     totals, gains = [], []
     for m, g, both in zip(mem, gen, answers, strict=True):
         clean, corrupted = (tokenized(model, [text])[0][0].tolist() for text in (m, g))
         plain = said(corrupted, both)
         totals.append(said(clean, both) - plain)
-        # Hidden states are what enters each block; of Gemma the first is scaled already.
-        states = run(clean).hidden_states
-        gains.append(
-            [
-                [said(corrupted, both, layer=i, position=p, value=states[i][0, p]) - plain for p in range(len(clean))]
-                for i in range(len(blocks))
-            ]
-        )
+        rows = []
+        for place in places:
+            seen = []
+            run(clean, place, lambda x, seen=seen: seen.append(x[0].clone()))
+            rows.append([said(corrupted, both, place, put(p, seen[0][p])) - plain for p in range(len(clean))])
+        gains.append(rows)
     expected = np.mean(gains, axis=0) / np.mean(totals)
-    swap = np.mean(totals) < 0  # a random model may have it either way
-    if swap:
+    if np.mean(totals) < 0:  # a random model may have it either way
         pairs = mg.PromptPairs.from_strings(mem, gen, memorized_answers=["3"] * n, rule_answers=["12"] * n)
-    found = mg.patching_map(model, pairs, split=None, **QUIET)
+    found = mg.patching_map(model, pairs, site, split=None, **QUIET)
     assert found.total == pytest.approx(abs(np.mean(totals)), rel=1e-4)
     assert np.allclose(found.effect, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.allclose(found.effect[0], [*[0] * (expected.shape[1] - 2), 1, 0], atol=1e-4), "they differ in one token"
+    if site == "resid_pre":
+        assert np.allclose(found.effect[0], [*[0] * (expected.shape[1] - 2), 1, 0], atol=1e-4), (
+            "they differ there alone"
+        )
 
 
 # --- the same however it is run ----------------------------------------------------------------------------------
