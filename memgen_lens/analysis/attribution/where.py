@@ -80,7 +80,8 @@ def patching_map(
 
     Only pairs whose prompts have equally many tokens can be patched position by position; the others are left out and
     counted. Positions are counted from the end, where prompts of all lengths have the answer position; a position that
-    only longer prompts have is judged on these, and left out where fewer than 8 pairs have it. Heads at the answer
+    only longer prompts have is judged on these, and left out where fewer than 8 pairs have it. What both prompts begin
+    with is not run: in a causal model it is the same in either. Heads at the answer
     position of pairs of any length: `attribute` with ``method="patching"``, ``site="z"`` and one group a head.
 
     Args:
@@ -205,9 +206,9 @@ class _Patcher:
         for source, target in zip(of_source, of_target, strict=True):
             assert source.index == target.index, "prompts of equal lengths come in the same batches"
             said, values = self._read(source)
-            plain, moved = self._patched(target, values)
+            plain, moved = self._patched(target, values, self._first_unlike(source, target))
             sign = 1 if self.direction == "denoising" else -1
-            # Batches narrower than the map have no such positions.
+            # Of positions that the batch lacks, or before which all is alike, nothing comes.
             gained[source.index, :, self.n_columns - moved.shape[2] :] = sign * moved.double().cpu().numpy()
             total[source.index] = sign * (said - plain).double().cpu().numpy()
         return gained, total
@@ -233,12 +234,25 @@ class _Patcher:
             )
         return said, [seen[name] for name in self.hooks]
 
+    def _first_unlike(self, source: Asked, target: Asked) -> int:
+        """The first position from which on prompts and their partners may have unlike activations."""
+        if self.by_head or getattr(self.contrast.model.cfg, "attention_dir", "causal") != "causal":
+            return 0
+        unlike = ((source.tokens != target.tokens) & (target.mask > 0)).any(0)
+        return int(unlike.long().argmax()) if bool(unlike.any()) else len(unlike) - 1
+
     def _patched(
-        self, asked: Asked, values: Sequence[Tensor]
+        self, asked: Asked, values: Sequence[Tensor], first_unlike: int
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch layer column"]]:
-        """The quantity unpatched, and how it changes where one place of one layer has other values."""
+        """The quantity unpatched, and how it changes where one place of one layer has other values.
+
+        Columns before ``first_unlike`` are left out: there the other values are the same.
+        """
         contrast, width = self.contrast, asked.tokens.shape[1]
         masks = self._masks(width).to(asked.tokens.device)  # [column, pos, head or 1]
+        alike = max(0, first_unlike - (width - len(masks)))
+        masks = masks[alike:]
+        self.done(alike * len(self.hooks) * len(asked.index))
         cells = [(layer, column) for layer in range(len(self.hooks)) for column in range(len(masks))]
         at_once = max(1, contrast.copies(asked) - 1)
         changes: list[Tensor] = []

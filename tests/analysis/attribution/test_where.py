@@ -12,6 +12,7 @@ import memgen_lens as mg
 from memgen_lens.analysis.attribution import contrast
 from memgen_lens.analysis.attribution.answers import answers_of
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
+from memgen_lens.models.step import last_logits
 from memgen_lens.models.tokens import tokenized
 
 QUIET = {"progress": False}
@@ -230,6 +231,24 @@ def test_on_a_pretrained_model_maps_are_those_of_raw_hooks(kind, site):
         assert np.allclose(found.effect[0], [*[0] * (expected.shape[1] - 2), 1, 0], atol=1e-4), (
             "they differ there alone"
         )
+
+
+def test_what_both_prompts_begin_with_is_not_run(known, monkeypatch):
+    """Positions before the first unlike token have no effect; that is known without a look at the model."""
+    model, _ = known
+    late, early = (planted.twin_pairs(10, lengths=(5, 5), at=at) for at in (4, 0))
+    rows = []
+
+    def counted(model, tokens, *args, **how):
+        rows.append(len(tokens))
+        return last_logits(model, tokens, *args, **how)
+
+    monkeypatch.setattr(contrast, "last_logits", counted)
+    found = mg.patching_map(model, late, split=None, **QUIET)
+    assert np.allclose(found.effect, [[0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]], atol=1e-5)
+    of_late, rows[:] = sum(rows), []
+    mg.patching_map(model, early, split=None, **QUIET)
+    assert sum(rows) - of_late == 10 * 2 * 4, "four positions of two layers less"
 
 
 # --- the same however it is run ----------------------------------------------------------------------------------
