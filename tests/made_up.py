@@ -1,9 +1,12 @@
 """Records of comparisons and of a run's dynamics that nobody measured, for what draws them."""
 
+from itertools import cycle, islice
+
 import numpy as np
 
 from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
+from memgen_lens.core.position_records import PatchingMap, PositionProbes, PositionSteering, PositionTokens
 from memgen_lens.core.records import ProbeScores
 from memgen_lens.core.steering_records import SteeringSetting
 
@@ -89,3 +92,52 @@ def run_dynamics() -> Dynamics:
         random_neurons=dict.fromkeys(("to_generalization", "memorized_form"), late / 10),
         why={0: "only 0 flip", 100: "only 2 flip", 200: "only 4 flip"},
     )
+
+
+def position_tokens(n: int = 4) -> PositionTokens:
+    share = np.linspace(0.3, 1, n)
+    return PositionTokens(
+        (*islice(cycle(("<b>", " a", "\n")), n - 1), "="),
+        (*islice(cycle(("c", " a", "\n")), n - 1), "="),
+        share,
+        share,
+        1 - share,
+        np.arange(21, 21 + n),
+    )
+
+
+def patching(by: str = "position", **changed) -> PatchingMap:
+    columns = 3 if by == "head" else 4
+    effect = np.linspace(-0.2, 1.1, 2 * columns).reshape(2, columns)
+    n = np.full(columns, 24) if by == "head" else position_tokens().n
+    settings = {
+        "site": "z" if by == "head" else "resid_pre",
+        "direction": "denoising",
+        "by": by,
+        "positions": "all",
+        "effect": effect,
+        "low": effect - 0.1,
+        "high": effect + 0.1,
+        "total": 7.5,
+        "total_ci95": (6.0, 9.0),
+        "tokens": position_tokens(),
+        "n": n,
+        "n_items": n // 2,
+        "n_pairs": 24,
+        "n_left_out": 3,
+    }
+    return PatchingMap(**settings | changed)
+
+
+def probes_by_position() -> PositionProbes:
+    auroc = np.linspace(0.4, 1, 8).reshape(2, 4)
+    alone = np.linspace(0.5, 0.8, 4)
+    return PositionProbes(
+        "resid_post", auroc, auroc - 0.1, auroc + 0.05, alone, alone - 0.1, alone + 0.1, position_tokens(), 36, 24, 12
+    )
+
+
+def steered_by_position() -> PositionSteering:
+    rate = np.linspace(0, 1, 4)
+    series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), np.full(4, 24), np.full(4, 12))
+    return PositionSteering(SETTING, series, series, series, position_tokens())

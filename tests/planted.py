@@ -108,6 +108,19 @@ def prompt_pairs(n: int = 60, *, answers: bool = True, seed: int = 0, lengths: t
     )
 
 
+def twin_pairs(n: int = 60, *, seed: int = 0, lengths: tuple[int, int] = (2, 5), at: int | None = None) -> PromptPairs:
+    """Pairs whose prompts differ in their marker alone, which stands before filler ``at`` of them, or anywhere."""
+    rng = np.random.default_rng(seed)
+    sides: dict[str, list[str]] = {"M": [], "G": []}
+    for _ in range(n):
+        text = [str(f) for f in rng.choice(list(FILLERS), size=rng.integers(lengths[0], lengths[1] + 1))]
+        place = int(rng.integers(len(text) + 1)) if at is None else at
+        for marker, side in sides.items():
+            side.append("".join([*text[:place], marker, *text[place:]]) + "=")
+    answers = {"rule_answers": [RULE] * n, "memorized_answers": [MEMORY] * n}
+    return PromptPairs.from_strings(memorized=sides["M"], generalized=sides["G"], seed=seed, **answers)
+
+
 def hooks_on(model: Any) -> dict[str, int]:
     """How many hooks there are on each hook point of a model that has any, TransformerLens' and torch's own.
 

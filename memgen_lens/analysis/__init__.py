@@ -5,10 +5,13 @@ Does not train and does not draw.
 
 from memgen_lens.analysis.attribution.attribute import attribute
 from memgen_lens.analysis.attribution.streaming import attribute_streaming
+from memgen_lens.analysis.attribution.where import patching_map
+from memgen_lens.analysis.probing.positions import probe_by_position
 from memgen_lens.analysis.probing.probes import fit_probes
 from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs
 from memgen_lens.analysis.steering.evaluation import evaluate_steering
+from memgen_lens.analysis.steering.positions import steering_by_position
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
 
@@ -21,6 +24,9 @@ __all__ = [
     "evaluate_steering",
     "fit_probes",
     "load_activations",
+    "patching_map",
+    "probe_by_position",
     "record",
+    "steering_by_position",
     "sweep_steering",
 ]

@@ -24,7 +24,7 @@ STEERED = ("to_generalization", "exact_recall", "memorized_form")
 
 @dataclass(frozen=True)
 class RateSeries:
-    """One rate at every step, with its 95 % interval over items; NaN where it could not be measured.
+    """One rate at every step (or position), with its 95 % interval over items; NaN where it could not be measured.
 
     Attributes:
         rate: In [0, 1].

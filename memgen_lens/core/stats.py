@@ -148,6 +148,44 @@ def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, "row cell column"],
+    denominator: Float[np.ndarray, "row column"],
+    groups: Int[np.ndarray, " row"],
+    *,
+    n_resamples: int = 1000,
+    seed: int,
+) -> tuple[Float[np.ndarray, "cell column"], Float[np.ndarray, "cell column"], Float[np.ndarray, "cell column"]]:
+    """Ratios of sums over rows, with 95 % percentile bootstrap intervals, whole groups resampled.
+
+    Args:
+        numerator: What is summed up for each cell; 0 in rows that a column does not count.
+        denominator: What it is compared with; likewise.
+        groups: Item of each row; rows of one item stay together.
+        n_resamples: Bootstrap resamples.
+        seed: Seed of the resamples.
+
+    Returns:
+        The ratio and both ends of its interval; NaN where the denominator is not above 0. Resamples in which it is 0
+        (no row that the column counts) are passed over.
+    """
+    _, inverse = np.unique(groups, return_inverse=True)
+    n_groups, (_, n_cells, n_columns) = int(inverse.max()) + 1, numerator.shape
+    above, below = np.zeros((n_groups, n_cells * n_columns)), np.zeros((n_groups, n_columns))
+    np.add.at(above, inverse, numerator.reshape(len(numerator), -1))
+    np.add.at(below, inverse, denominator)
+    counts = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
+    counts = np.concatenate([np.ones((1, n_groups)), counts])  # the first is what was seen
+    ratios = np.full((n_resamples + 1, n_cells, n_columns), np.nan)
+    by = (counts @ below)[:, None]
+    np.divide((counts @ above).reshape(ratios.shape), by, out=ratios, where=by != 0)
+    ratios[:, :, by[0, 0] <= 0] = np.nan
+    low, high = np.full((2, n_cells, n_columns), np.nan)
+    known = by[0, 0] > 0
+    low[:, known], high[:, known] = np.nanquantile(ratios[1:, :, known], [0.025, 0.975], axis=0)
+    return ratios[0], low, high
+
+
 @dataclass(frozen=True)
 class Overlap:
     """How much two sets of neurons share, beside what two random sets of their sizes would.

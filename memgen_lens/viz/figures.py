@@ -22,6 +22,7 @@ from memgen_lens.viz.consistency_figures import seed_profiles, split_half
 from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
+from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
@@ -48,12 +49,15 @@ __all__ = [
     "method_agreement",
     "method_recovery",
     "nmd_heatmap",
+    "patching_map",
     "probe_by_layer",
+    "probe_by_position",
     "probe_transfer",
     "rho_by_layer",
     "seed_profiles",
     "split_half",
     "steering_by_layer",
+    "steering_by_position",
     "steering_rates",
     "steering_sweep",
     "steering_transfer",

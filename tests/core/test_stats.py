@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 
-from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, fdr, mean_of_draws, wilson
+from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, bootstrap_ratio, fdr, mean_of_draws, wilson
 
 Z = 1.959963984540054
 
@@ -176,3 +177,31 @@ def test_rows_of_one_item_are_resampled_together():
     once = bootstrap_auroc_and_accuracy(labels, decision, np.arange(5), seed=0)
     copies = [np.repeat(values, 10) for values in (labels, decision, np.arange(5))]
     assert bootstrap_auroc_and_accuracy(*copies, seed=0)["auroc"] == pytest.approx(once["auroc"])
+
+
+def test_intervals_of_ratios_are_scipys_of_items():
+    rng = np.random.default_rng(0)
+    below = rng.uniform(1, 3, size=(30, 2))
+    above = (0.4 + 0.3 * rng.normal(size=(30, 3, 2))) * below[:, None]
+    items = np.arange(30) // 2
+    ratio, low, high = bootstrap_ratio(above, below, items, n_resamples=4000, seed=0)
+    assert np.allclose(ratio, above.sum(0) / below.sum(0))
+    for cell, column in np.ndindex(ratio.shape):
+        sums = [values.reshape(15, 2).sum(1) for values in (above[:, cell, column], below[:, column])]
+        theirs = bootstrap(
+            sums,
+            lambda a, b, axis: a.sum(axis) / b.sum(axis),
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=4000,
+            random_state=1,
+        ).confidence_interval
+        assert (low[cell, column], high[cell, column]) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_ratios_to_nothing_are_no_numbers():
+    below = np.array([[1.0, 0.0, -1.0]] * 4)
+    ratio, low, high = bootstrap_ratio(np.ones((4, 1, 3)), below, np.arange(4), seed=0)
+    for values in (ratio, low, high):
+        assert values[0, 0] == 1 and np.isnan(values[0, 1:]).all()

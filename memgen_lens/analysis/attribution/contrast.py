@@ -70,8 +70,18 @@ class Contrast:
     model: LensModel
     metric: Metric | None = None
 
-    def asked(self, pairs: PromptPairs, side: str, answers: Answers, *, batch_size: int) -> Iterator[Asked]:
+    def asked(
+        self, pairs: PromptPairs, side: str, answers: Answers, *, batch_size: int, reuse: bool = True
+    ) -> Iterator[Asked]:
         """The prompts of one side of the pairs, batch by batch, run up to their last token.
+
+        Args:
+            pairs: The pairs.
+            side: ``"memorized"`` or ``"generalized"``.
+            answers: Tokens of both answers of each pair.
+            batch_size: Prompts in one batch at most.
+            reuse: Whether what stands before the last token is run once for all that follows; without, hooks see the
+                whole prompt.
 
         Raises:
             ModelError: A prompt and its answer are longer than the model's context.
@@ -84,7 +94,7 @@ class Contrast:
             require_room(length + room - 1, self.model.cfg.n_ctx, prompt_length=length)
             for batch in whole.parts(max(1, self._at_once(length, room) // 2)):
                 ids, counts = padded([answers[i] for i in batch.index], batch.tokens.device)
-                past = run_before(self.model, batch.tokens, batch.mask)
+                past = run_before(self.model, batch.tokens, batch.mask) if reuse else None
                 some = tuple(items[i] for i in batch.index)
                 yield Asked(batch.index, some, batch.tokens, batch.mask, ids, counts, past)
 

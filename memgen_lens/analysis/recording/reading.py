@@ -127,11 +127,23 @@ def _reader(
     return fast
 
 
-@torch.inference_mode()
 def read_last_position(
     model: LensModel, batches: Sequence[Batch], hooks: Sequence[str]
 ) -> dict[str, list[Float[np.ndarray, "batch neuron"]]]:
     """What the hook points give at the last position of some prompts, batch by batch, heads flattened.
+
+    Raises:
+        SiteError: A hook point has no row for each position, or the forward pass never reaches it.
+    """
+    found = read_last_positions(model, batches, hooks, n=1)
+    return {name: [values[:, 0] for values in each] for name, each in found.items()}
+
+
+@torch.inference_mode()
+def read_last_positions(
+    model: LensModel, batches: Sequence[Batch], hooks: Sequence[str], *, n: int
+) -> dict[str, list[Float[np.ndarray, "batch pos neuron"]]]:
+    """What the hook points give at the last ``n`` positions of prompts that have as many, batch by batch.
 
     Raises:
         SiteError: A hook point has no row for each position, or the forward pass never reaches it.
@@ -151,7 +163,7 @@ def read_last_position(
                     received=f"{list(activation.shape)} for tokens of {shape}",
                     fix="Choose a site of the residual stream, the MLP or the heads' values.",
                 )
-            seen[name] = activation[:, -1].flatten(1).float().cpu().numpy().copy()
+            seen[name] = activation[:, -n:].flatten(2).float().cpu().numpy().copy()
 
         return keep
 
