@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.experiment import run_experiment
     from memgen_lens.models import load_model, save_model
+    from memgen_lens.one_neuron import neuron_page
     from memgen_lens.training import finetune, train
     from memgen_lens.training_dynamics import dynamics
     from memgen_lens.viz import figures
@@ -63,6 +64,7 @@ _LAZY = {
     "fit_probes": "memgen_lens.analysis",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
+    "neuron_page": "memgen_lens.one_neuron",
     "observe": "memgen_lens.behavior",
     "record": "memgen_lens.analysis",
     "run_experiment": "memgen_lens.experiment",
@@ -100,6 +102,7 @@ __all__ = [
     "fit_probes",
     "load_activations",
     "load_model",
+    "neuron_page",
     "observe",
     "presets",
     "record",

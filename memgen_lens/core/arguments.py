@@ -24,6 +24,7 @@ MADE_BY = {
     "Activations": "mg.record",
     "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
+    "NeuronRecord": "mg.neuron_page",
     "NeuronScores": "mg.attribute",
     "ProbeReport": "mg.fit_probes",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",

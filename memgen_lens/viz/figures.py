@@ -21,6 +21,7 @@ from memgen_lens.viz.behavior_figures import behavior_bars, training_curves
 from memgen_lens.viz.consistency_figures import seed_profiles, split_half
 from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
+from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
@@ -43,6 +44,7 @@ __all__ = [
     "behavior_bars",
     "dynamics",
     "learning_curve",
+    "neuron_activations",
     "nmd_heatmap",
     "probe_by_layer",
     "probe_transfer",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, fdr, mean_of_draws, wilson
+from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, bootstrap_mean, fdr, mean_of_draws, wilson
 
 Z = 1.959963984540054
 
@@ -176,3 +176,26 @@ def test_rows_of_one_item_are_resampled_together():
     once = bootstrap_auroc_and_accuracy(labels, decision, np.arange(5), seed=0)
     copies = [np.repeat(values, 10) for values in (labels, decision, np.arange(5))]
     assert bootstrap_auroc_and_accuracy(*copies, seed=0)["auroc"] == pytest.approx(once["auroc"])
+
+
+def test_the_interval_of_a_mean_is_that_of_a_loop_over_whole_items():
+    rng = np.random.default_rng(0)
+    groups = np.repeat([3, 1, 7, 9, 4], [1, 4, 2, 2, 3])[rng.permutation(12)]
+    values = rng.normal(size=12) + groups
+    low, high = bootstrap_mean(values, groups, n_resamples=20_000, seed=1)
+    keys, means = np.unique(groups), []
+    for _ in range(5_000):
+        drawn = [values[groups == key] for key in rng.choice(keys, size=len(keys))]
+        means.append(np.concatenate(drawn).mean())
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.15)
+    assert (low, high) == bootstrap_mean(values, groups, n_resamples=20_000, seed=1)
+    assert bootstrap_mean(np.full(4, 2.5), np.arange(4), seed=0) == (2.5, 2.5)
+
+
+def test_rows_that_share_an_item_do_not_narrow_the_interval_of_a_mean():
+    values, items = np.random.default_rng(2).normal(size=40), np.arange(40)
+    one = bootstrap_mean(values, items, seed=0)
+    ten = bootstrap_mean(np.tile(values, 10), np.tile(items, 10), seed=0)
+    alone = bootstrap_mean(np.tile(values, 10), np.arange(400), seed=0)
+    assert ten == pytest.approx(one)
+    assert alone[1] - alone[0] < 0.5 * (one[1] - one[0])
