@@ -119,6 +119,7 @@ class NeuronRecord:
         suppressed: Whose logits it lowers most, likewise.
         changes: What its ablation and its doubling change.
         why: By name (``"tokens"``, ``"contrast"``), why it could not be computed.
+        metric: Name of the user's own metric, where one takes the contrast's place.
     """
 
     site: str
@@ -136,6 +137,7 @@ class NeuronRecord:
     suppressed: tuple[TokenEffect, ...]
     changes: tuple[NeuronChange, ...]
     why: dict[str, str]
+    metric: str | None = None
 
     @property
     def n_pairs(self) -> int:
@@ -150,8 +152,8 @@ class NeuronRecord:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "NeuronRecord":
         """A record of the plain values that JSON holds of it."""
-        arrays = {name: np.array(value[name], dtype=np.float32) for name in ("memorized", "generalized")}
         changed: dict[str, Any] = {
+            **{name: np.array(value[name], dtype=np.float32) for name in ("memorized", "generalized")},
             "item": np.array(value["item"], dtype=np.int64),
             "nmd": _estimate(value["nmd"]),
             "auroc": _estimate(value["auroc"]),
@@ -159,7 +161,7 @@ class NeuronRecord:
         }
         changed |= {name: tuple(DrivingPrompt(**row) for row in value[name]) for name in ("highest", "lowest")}
         changed |= {name: tuple(TokenEffect(**row) for row in value[name]) for name in ("favoured", "suppressed")}
-        return cls(**(value | arrays | changed))
+        return cls(**(value | changed))
 
 
 def save_neurons(records: Sequence[NeuronRecord], directory: Path) -> Path:
@@ -186,8 +188,9 @@ def load_neurons(directory: Path) -> tuple[NeuronRecord, ...]:
 
 
 def _change(value: dict[str, Any]) -> NeuronChange:
-    sides = {side: _side(value[side]) for side in ("memorized", "generalized")}
-    return NeuronChange(**(value | sides | {"examples": tuple(value["examples"])}))
+    changed: dict[str, Any] = {side: _side(value[side]) for side in ("memorized", "generalized")}
+    changed["examples"] = tuple(value["examples"])
+    return NeuronChange(**(value | changed))
 
 
 def _side(value: dict[str, Any]) -> SideChange:
@@ -199,4 +202,5 @@ def _estimate(value: dict[str, Any] | None) -> Any:
 
 
 def _rate(value: dict[str, Any] | None) -> Rate | None:
-    return None if value is None else Rate(**(value | {"ci95": tuple(value["ci95"])}))
+    ends: dict[str, Any] = {} if value is None else {"ci95": tuple(value["ci95"])}
+    return None if value is None else Rate(**(value | ends))

@@ -61,18 +61,21 @@ def _lead(neuron: NeuronRecord) -> list[str]:
         if name in changes:
             done: SideChange = getattr(changes[name], side)
             kept = "" if done.kept is None else f"{percent(done.kept.rate)} of them still {do}"
-            moved = "" if done.contrast is None else f"{_toward(done.contrast)} on {prompts}"
+            moved = "" if done.contrast is None else f"{_moved(done.contrast, neuron.metric)} on {prompts}"
             text = ", and ".join(part for part in (moved, kept) if part)
             said += [f"{CHANGES[name].capitalize()}, {text}."] if text else []
     return said
 
 
-def _toward(contrast: Estimate) -> str:
+def _moved(contrast: Estimate, metric: str | None) -> str:
     low, high = contrast.ci95
+    what = metric or "the answer"
     if low <= 0 <= high:
-        return f"it is not shown to move the answer ({signed(contrast.value)})"
-    answer = "memorized" if low > 0 else "rule's"
-    return f"it moves the answer by {number(abs(contrast.value))} towards the {answer} one"
+        return f"it is not shown to move {what} ({signed(contrast.value)})"
+    if metric is not None:
+        return f"it moves {metric} by {signed(contrast.value)}"
+    toward = "the memorized one" if low > 0 else "the rule's"
+    return f"it moves the answer by {number(abs(contrast.value))} nats towards {toward}"
 
 
 def _drawing(neuron: NeuronRecord) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Parsed(HTMLParser):
 
     def handle_endtag(self, tag):
         self.hidden = False
+        self.texts += [" "] if tag in ("td", "th", "p") else []
 
     def handle_data(self, data):
         if not self.hidden:
@@ -60,8 +61,8 @@ def test_a_notebook_shows_what_the_record_holds(page):
         "Layer 1, neuron 37 of post",
         "Higher where the model recalls than where it computes: mean difference 1.100 [0.950, 1.250], AUROC 0.990",
         "(24 pairs).",
-        "Set to zero, it moves the answer by 3.500 towards the rule's one on recalling prompts, and 50 % of them still",
-        "Doubled, it moves the answer by 0.500 towards the memorized one on computing prompts, and 91.7 % of them still",
+        "Set to zero, it moves the answer by 3.500 nats towards the rule's on recalling prompts, and 50 % of them",
+        "Doubled, it moves the answer by 0.500 nats towards the memorized one on computing prompts, and 91.7 %",
         "set to its mean",
         "−3.500 [−3.700, −3.300]",
         '"<mem-" +0.810',
@@ -102,6 +103,8 @@ def test_what_the_interval_does_not_tell_from_nothing_is_not_called_something(re
     text = Parsed(fragment(replace(record, nmd=Estimate(0.1, (-0.2, 0.3)), changes=changes))).text
     assert "Not shown to be higher or lower where the model recalls" in text
     assert "it is not shown to move the answer (−0.100) on recalling prompts" in text
+    own = Parsed(fragment(replace(record, metric="<i>odds</i>"))).text
+    assert "it moves <i>odds</i> by −3.500 on recalling prompts" in own and "change of <i>odds</i>" in own
     lower = Parsed(fragment(replace(record, nmd=Estimate(-1.0, (-1.2, -0.8))))).text
     assert "Lower where the model recalls than where it computes: mean difference −1.000 [−1.200, −0.800]" in lower
 

@@ -79,7 +79,7 @@ def look_at(
                 split=split,
                 item=judge.pairs.item,
                 **activations,
-                **_told_apart(*activations.values(), judge.pairs.item, seed=seed),
+                **_told_apart(activations, judge.pairs.item, seed=seed),
                 **_driving(judge.pairs, activations, top),
                 **tokens,
                 changes=tuple(
@@ -87,6 +87,7 @@ def look_at(
                     for i, name in enumerate(CHANGES)
                 ),
                 why=why | untold,
+                metric=None if metric is None else getattr(metric, "__name__", "metric"),
             )
         )
     return records
@@ -243,31 +244,29 @@ def _mean(values: Float[np.ndarray, " pair"], item: Any, *, seed: int) -> Estima
     return Estimate(float(values.mean(dtype=np.float64)), bootstrap_mean(values, item, seed=seed))
 
 
-def _told_apart(
-    memorized: Float[np.ndarray, " pair"], generalized: Float[np.ndarray, " pair"], item: Any, *, seed: int
-) -> dict[str, Estimate]:
+def _told_apart(activations: dict[Side, Any], item: Any, *, seed: int) -> dict[str, Any]:
     """Mean difference and AUROC, with intervals."""
-    labels = np.repeat([True, False], len(item))
-    decision = np.concatenate([memorized, generalized]).astype(np.float64)
+    memorized, generalized = (values.astype(np.float64) for values in activations.values())
+    labels, decision = np.repeat([True, False], len(item)), np.concatenate([memorized, generalized])
     ends = bootstrap_auroc_and_accuracy(labels, decision, np.tile(item, 2), seed=seed)["auroc"]
-    difference = memorized.astype(np.float64) - generalized
-    return {"nmd": _mean(difference, item, seed=seed), "auroc": Estimate(auroc(labels, decision), ends)}
+    return {
+        "nmd": _mean(memorized - generalized, item, seed=seed),
+        "auroc": Estimate(auroc(labels, decision), ends),
+    }
 
 
-def _driving(pairs: PromptPairs, activations: dict[Side, Any], top: int) -> dict[str, tuple[DrivingPrompt, ...]]:
+def _driving(pairs: PromptPairs, activations: dict[Side, Any], top: int) -> dict[str, Any]:
     """The prompts on which the neuron is highest and lowest, each once."""
     found = {
-        (item.prompt, side): float(value)
+        (item.prompt, side): DrivingPrompt(item.prompt, side, float(value))
         for side, values in activations.items()
         for item, value in zip(getattr(pairs, side), values, strict=True)
     }
-    rising = [DrivingPrompt(*key, value) for key, value in sorted(found.items(), key=lambda entry: entry[1])]
+    rising = sorted(found.values(), key=lambda one: one.activation)
     return {"highest": tuple(rising[::-1][:top]), "lowest": tuple(rising[:top])}
 
 
-def _tokens(
-    model: LensModel, hook: str, neuron: int, n_tokens: int
-) -> tuple[dict[str, tuple[TokenEffect, ...]], dict[str, str]]:
+def _tokens(model: LensModel, hook: str, neuron: int, n_tokens: int) -> tuple[dict[str, Any], dict[str, str]]:
     """The tokens that a neuron favours and suppresses most; or why they are not known."""
     try:
         logits = direct_effect(model, hook, neuron).cpu()
