@@ -44,7 +44,10 @@ def _rows(change: NeuronChange) -> list[dict[str, Any]]:
 
 
 def _lead(neuron: NeuronRecord) -> list[str]:
-    """The neuron in a few sentences; what its interval does not tell from nothing is not called something."""
+    """The neuron in a few sentences, each change by the side that it moves most.
+
+    What its interval does not tell from nothing is not called something.
+    """
     low, high = neuron.nmd.ci95
     where = "Higher" if low > 0 else "Lower" if high < 0 else "Not shown to be higher or lower"
     n = counted(neuron.n_pairs, neuron.n_items, " pairs").removeprefix("n = ")
@@ -53,18 +56,20 @@ def _lead(neuron: NeuronRecord) -> list[str]:
         f"{where} where the model recalls than where it computes: mean difference {nmd.replace('-', '−')}, "
         f"AUROC {auroc} ({n})."
     ]
-    changes = {change.change: change for change in neuron.changes}
-    for name, side, prompts, do in (
-        ("zero", "memorized", "recalling prompts", "recall"),
-        ("double", "generalized", "computing prompts", "compute"),
-    ):
-        if name in changes:
-            done: SideChange = getattr(changes[name], side)
-            kept = "" if done.kept is None else f"{percent(done.kept.rate)} of them still {do}"
-            moved = "" if done.contrast is None else f"{_moved(done.contrast, neuron.metric)} on {prompts}"
-            text = ", and ".join(part for part in (moved, kept) if part)
-            said += [f"{CHANGES[name].capitalize()}, {text}."] if text else []
-    return said
+    done = [_done(change, neuron.metric) for change in neuron.changes if change.change != "mean"]
+    return said + [sentence for sentence in done if sentence]
+
+
+def _done(change: NeuronChange, metric: str | None) -> str:
+    """What a change does to the side whose contrast it moves most; nothing where that is not known."""
+    sides: dict[str, SideChange] = {"recall": change.memorized, "compute": change.generalized}
+    sizes = {name: abs(side.contrast.value) if side.contrast else 0.0 for name, side in sides.items()}
+    shown = max(sides, key=lambda name: sizes[name])
+    prompts, side = f"{shown.removesuffix('e')}ing prompts", sides[shown]
+    moved = "" if side.contrast is None else f"{_moved(side.contrast, metric)} on {prompts}"
+    kept = "" if side.kept is None else f"{percent(side.kept.rate)} of {'them' if moved else prompts} still {shown}"
+    text = ", and ".join(part for part in (moved, kept) if part)
+    return f"{CHANGES[change.change].capitalize()}, {text}." if text else ""
 
 
 def _moved(contrast: Estimate, metric: str | None) -> str:

@@ -62,7 +62,7 @@ def test_a_notebook_shows_what_the_record_holds(page):
         "Higher where the model recalls than where it computes: mean difference 1.100 [0.950, 1.250], AUROC 0.990",
         "(24 pairs).",
         "Set to zero, it moves the answer by 3.500 nats towards the rule's on recalling prompts, and 50 % of them",
-        "Doubled, it moves the answer by 0.500 nats towards the memorized one on computing prompts, and 91.7 %",
+        "Doubled, it moves the answer by 2.500 nats towards the memorized one on recalling prompts, and 100 % of them",
         "set to its mean",
         "−3.500 [−3.700, −3.300]",
         '"<mem-" +0.810',

@@ -327,8 +327,8 @@ def spoken():
     said = {text: raw_greedy(hf, model.tokenizer, text) for text in texts}
     # Answers of two tokens each, as they stand; else they would be spelled, or ended, in another way.
     plain = [text for text in texts if len(said[text]) == 2 and set(said[text]) <= set(bridges.CHARACTERS.strip())]
-    rows = [(a, b) for a, b in zip(plain[::2], plain[1::2], strict=False) if said[a] != said[b]][:12]
-    assert len(rows) >= 8
+    rows = [(a, b) for a, b in zip(plain[::2], plain[1::2], strict=False) if said[a] != said[b]][:8]
+    assert len(rows) == 8
     mem, gen = zip(*rows, strict=True)
     pairs = mg.PromptPairs.from_strings(
         mem,
