@@ -87,8 +87,8 @@ def neuron_page(
         top: Prompts kept, highest and lowest.
         n_tokens: Tokens kept, favoured and suppressed.
         seed: Seed of the bootstrap.
-        batch_size: Prompts that run together at most, each under all changes; default 256, fewer where logits would
-            outgrow 512 MB.
+        batch_size: Rows in one forward pass at most: prompts, and while they are completed prompts x changes; default
+            256 and 2,048, fewer where logits would outgrow 512 MB.
         progress: Show bars over what takes longer than two seconds.
 
     Returns:

@@ -41,8 +41,8 @@ CHANGES: tuple[ChangeName, ...] = ("zero", "mean", "double")
 SHOWS: dict[Side, Behavior] = {"memorized": Behavior.MEMORIZATION, "generalized": Behavior.GENERALIZATION}
 N_EXAMPLES = 3
 """Prompts shown of each side on which a change shows."""
-PROMPTS_AT_ONCE = 256
-"""Prompts that run together, where no number is asked for."""
+PROMPTS_AT_ONCE, ROWS_AT_ONCE = 256, 2048
+"""Prompts whose contrast, and prompts x changes whose completion, run together where no number is asked for."""
 
 
 def look_at(
@@ -61,12 +61,12 @@ def look_at(
     progress: bool = True,
 ) -> list[NeuronRecord]:
     """Several neurons of one site, by layer and place; see `memgen_lens.neuron_page`."""
-    batch_size = batch_size or PROMPTS_AT_ONCE
-    judge = Judge.of(model, task, pairs.take(pairs_of(pairs, split, call=CALL)), batch_size=batch_size)
-    looked = _Looked(model, judge, neurons, site, batch_size, progress)
+    at_once, rows = batch_size or PROMPTS_AT_ONCE, batch_size or ROWS_AT_ONCE
+    judge = Judge.of(model, task, pairs.take(pairs_of(pairs, split, call=CALL)), batch_size=rows)
+    looked = _Looked(model, judge, neurons, site, at_once, progress)
     with torch.inference_mode(False):  # what is run under hooks of ours keeps no tensor of another mode
         effects, why = looked.contrasts(metric)
-    said = looked.said()
+    said = looked.said(rows)
     records = []
     for number, (layer, neuron) in enumerate(neurons):
         activations: dict[Side, Any] = {side: looked.activations[i, :, number] for i, side in enumerate(SHOWS)}
@@ -176,7 +176,7 @@ class _Looked:
             groups[-1][hooks.index(hook), neuron] = True
         return groups
 
-    def said(self) -> list[dict[Side, list[str]]]:
+    def said(self, batch_size: int) -> list[dict[Side, list[str]]]:
         """What the model says to both sides' prompts: unchanged, then under each change of each neuron."""
         changed: list[Scaled | None] = [None]
         for (hook, neuron), mean in zip(self.places, self.mean.tolist(), strict=True):
@@ -190,7 +190,7 @@ class _Looked:
                 changed,
                 self.widths,
                 max_new_tokens=self.judge.max_new_tokens,
-                batch_size=len(changed) * self.batch_size,
+                batch_size=batch_size,
                 prepend_bos=self.judge.pairs.prepend_bos,
                 progress=self.progress,
             )
