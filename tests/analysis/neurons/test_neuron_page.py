@@ -242,10 +242,11 @@ def test_changes_of_any_neuron_are_those_of_a_loop(recalled):
 
 @pytest.mark.parametrize("which", ["answers of many tokens", "prompts of many lengths"])
 def test_batched_is_single_and_the_fast_forward_is_the_models_own(recalled, known, which, monkeypatch):
-    if which == "answers of many tokens":
-        args, page, task = (recalled.model, recalled.pairs, *recalled.place), recalled.page, recalled.task
-    else:
-        args, page, task = (known.model, known.pairs, planted.LAYER, planted.NEURON), known.page, None
+    many = which == "answers of many tokens"
+    args = (recalled.model, *recalled.place) if many else (known.model, planted.LAYER, planted.NEURON)
+    pairs = (recalled if many else known).pairs.take(np.arange(8))
+    args, task = (args[0], pairs, *args[1:]), recalled.task if many else None
+    page = mg.neuron_page(*args, split=None, task=task, **QUIET)
     assert_alike(mg.neuron_page(*args, split=None, task=task, batch_size=1, **QUIET), page)
     monkeypatch.setattr(changed, "is_plain", lambda model: False)
     assert_alike(mg.neuron_page(*args, split=None, task=task, **QUIET), page)
