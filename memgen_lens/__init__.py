@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from memgen_lens.experiment import run_experiment
     from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
+    from memgen_lens.one_neuron import neuron_page
     from memgen_lens.training import finetune, train
     from memgen_lens.training_dynamics import dynamics
     from memgen_lens.viz import figures
@@ -68,6 +69,7 @@ _LAZY = {
     "fit_probes": "memgen_lens.analysis",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
+    "neuron_page": "memgen_lens.one_neuron",
     "observe": "memgen_lens.behavior",
     "patching_map": "memgen_lens.analysis",
     "probe_by_position": "memgen_lens.analysis",
@@ -109,6 +111,7 @@ __all__ = [
     "fit_probes",
     "load_activations",
     "load_model",
+    "neuron_page",
     "observe",
     "patching_map",
     "presets",

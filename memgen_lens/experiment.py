@@ -37,7 +37,7 @@ from memgen_lens.models import build_model, load_model
 from memgen_lens.models.build import require_device
 from memgen_lens.models.sites import site_hooks
 from memgen_lens.presets import ExperimentConfig
-from memgen_lens.stages import compare, find_and_predict, steer
+from memgen_lens.stages import compare, find_and_predict, look_at_top, steer
 from memgen_lens.training import TrainingRun, train
 from memgen_lens.training.finetune import tune
 from memgen_lens.viz.report import write_report
@@ -183,6 +183,7 @@ def _run(
         sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
         acts = record(model, pairs, sites, batch_size=analysis.batch_size, progress=progress)
         scores, probes = find_and_predict(directory, config, acts, say)
+        look_at_top(directory, config, model, acts, scores, say, progress)
         tables = steer(directory, config, model, acts, scores, say, progress)
         consistency = compare(directory, config, model, acts, tables["shift"].setting.site, say)
     except PairsError as error:

@@ -18,12 +18,17 @@ from memgen_lens.analysis import (
     sweep_steering,
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
+from memgen_lens.analysis.neurons.look import look_at
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.metrics import consistency_metrics
+from memgen_lens.core.neuron_records import NeuronRecord, save_neurons
 from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
 from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
 from memgen_lens.presets import ExperimentConfig
+
+N_LOOKED_AT = 3
+"""Neurons that the report shows one by one."""
 
 
 def find_and_predict(
@@ -44,6 +49,39 @@ def find_and_predict(
     probes = fit_probes(acts, analysis.probe_site, seed=config.seed)
     write_json(directory / "probes.json", probes.summary())
     return scores, probes
+
+
+def look_at_top(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    acts: Activations,
+    scores: dict[str, NeuronScores],
+    say: Callable[[str], None],
+    progress: bool,
+) -> list[NeuronRecord]:
+    """Look at the neurons that ``select`` ranks first, on ``test``; save what they do.
+
+    Of the MLPs' neurons where these were scored, which read and write something of their own; else of the first site.
+    """
+    sites = list(config.analysis.sites)
+    score = scores[next((site for site in sites if site == "post" or site.endswith("hook_post")), sites[0])]
+    size = np.nan_to_num(np.abs(score.score), nan=-1.0)
+    first = np.argsort(-size, axis=None, kind="stable")[:N_LOOKED_AT].tolist()
+    say(f"looking at the top neurons of {score.site}")
+    records = look_at(
+        model,
+        config.task,
+        acts.pairs,
+        [divmod(place, size.shape[1]) for place in first],
+        site=score.site,
+        split="test",
+        seed=config.seed,
+        batch_size=config.analysis.batch_size,
+        progress=progress,
+    )
+    save_neurons(records, directory)
+    return records
 
 
 def steer(

@@ -14,6 +14,7 @@ from memgen_lens import stages
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import read_json, read_jsonl
+from memgen_lens.core.neuron_records import load_neurons
 from memgen_lens.core.records import NeuronScores
 
 CONFIG = mg.ExperimentConfig(
@@ -65,6 +66,7 @@ def test_a_run_directory_holds_what_the_design_names(finished):
         "probes.json",
         "steering.json",
         "consistency.json",
+        "neurons.json",
         "metrics.json",
         "report.html",
     }
@@ -148,6 +150,24 @@ def test_the_small_model_is_steered_and_random_neurons_are_not_enough(finished):
     assert steering["shift_rate"] > 0.6
     assert steering["shift_rate"] > steering["controls"]["random_neurons"]["mean"] + 0.3
     assert experiment.metrics["probe"]["best_auroc"] > 0.9
+
+
+def test_the_top_neurons_are_looked_at_on_test(finished):
+    experiment, out, said = finished
+    scores = experiment.scores["post"]
+    neurons = load_neurons(out)
+    strongest = np.argsort(-np.abs(scores.score), axis=None, kind="stable")[:3]
+    assert [(neuron.layer, neuron.neuron) for neuron in neurons] == [divmod(i, 256) for i in strongest.tolist()]
+    index = experiment.pairs.of("test")
+    for neuron in neurons:
+        assert (neuron.site, neuron.split) == ("post", "test")
+        assert np.array_equal(neuron.item, experiment.pairs.item[index]), "not those that ranked it"
+        assert not neuron.why and neuron.favoured and neuron.suppressed
+        for change in neuron.changes:
+            assert change.memorized.kept.n == change.generalized.kept.n == len(index), "all pairs show their label"
+    html = (out / "report.html").read_text()
+    assert f"Layer {neurons[0].layer}, neuron {neurons[0].neuron} of <code>post</code>" in html
+    assert any(line == "looking at the top neurons of post" for line in said)
 
 
 def test_config_is_enough_to_run_it_again(finished):

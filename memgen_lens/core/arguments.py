@@ -24,6 +24,7 @@ MADE_BY = {
     "Activations": "mg.record",
     "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
+    "NeuronRecord": "mg.neuron_page",
     "NeuronScores": "mg.attribute",
     "PatchingMap": "mg.patching_map",
     "PositionProbes": "mg.probe_by_position",

@@ -41,6 +41,7 @@ OWN_FILES = (
     "steering.json",
     "consistency.json",
     "dynamics.json",
+    "neurons.json",
     "metrics.json",
     "report.html",
     "history.jsonl",

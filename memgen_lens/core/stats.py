@@ -143,6 +143,30 @@ def bootstrap_auroc_and_accuracy(
     return {"auroc": _interval(np.concatenate(areas)), "accuracy": _interval(np.concatenate(shares))}
 
 
+def bootstrap_mean(
+    values: Float[np.ndarray, " n"], groups: Int[np.ndarray, " n"], *, n_resamples: int = 1000, seed: int
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over rows, whole groups resampled.
+
+    Args:
+        values: One number a row, at least one.
+        groups: Item of each row; rows of one item stay together.
+        n_resamples: Bootstrap resamples.
+        seed: Seed of the resamples.
+    """
+    rng = np.random.default_rng(seed)
+    _, inverse = np.unique(groups, return_inverse=True)
+    sizes, sums = np.bincount(inverse), np.bincount(inverse, weights=values)
+    n_groups = len(sizes)
+    means = []
+    at_once = max(1, _BLOCK_ENTRIES // n_groups)
+    for first in range(0, n_resamples, at_once):
+        n_drawn = min(at_once, n_resamples - first)
+        counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_drawn)  # [resample, group]
+        means.append(counts @ sums / (counts @ sizes))
+    return _interval(np.concatenate(means))
+
+
 def _interval(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -16,6 +16,8 @@ from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl, user_path
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.metrics import SCHEMA
+from memgen_lens.core.neuron_records import FILE as NEURONS
+from memgen_lens.core.neuron_records import NeuronRecord, load_neurons
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
 from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior, FittedKind
@@ -35,6 +37,7 @@ class RunContents:
         outcomes: One outcome a prompt.
         pairs: Rows of ``pairs.jsonl``; empty where no prompt flipped.
         scores: Neuron scores, a site each.
+        neurons: The top neurons, looked at one by one, where somebody has.
         probes: The probes' report, or None.
         sweep: Steering settings tried on ``tune``: for all layers, then the chosen one layer by layer.
         shift: Steering by shifting on ``test``, or None.
@@ -54,6 +57,7 @@ class RunContents:
     outcomes: tuple[Outcome, ...]
     pairs: tuple[dict[str, Any], ...]
     scores: tuple[NeuronScores, ...]
+    neurons: tuple[NeuronRecord, ...]
     probes: ProbeReport | None
     sweep: tuple[SweepRow, ...]
     shift: SteeringTable | None
@@ -108,6 +112,7 @@ def read_run(directory: str | Path) -> RunContents:
         outcomes=_read(directory / "outcomes.jsonl", read_jsonl, _each(_outcome)),
         pairs=pairs,
         scores=_scores(directory, metrics.get("attribution") or {}),
+        neurons=load_neurons(directory) if (directory / NEURONS).exists() else (),
         probes=_optional(directory / "probes.json", why["probe"], read_json, _probes),
         sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
         shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),

@@ -23,6 +23,7 @@ from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
+from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
@@ -48,6 +49,7 @@ __all__ = [
     "method_ablation",
     "method_agreement",
     "method_recovery",
+    "neuron_activations",
     "nmd_heatmap",
     "patching_map",
     "probe_by_layer",

@@ -13,7 +13,7 @@ from memgen_lens.core.files import write_text
 from memgen_lens.core.method_records import MethodsBenchmark
 from memgen_lens.core.ownership import require_ours
 from memgen_lens.viz import figures
-from memgen_lens.viz.report import as_html, environment
+from memgen_lens.viz.rendering import figure_html, template
 
 COLUMNS = {
     "average_precision": ("average precision", ".2f"),
@@ -48,13 +48,12 @@ def write_methods_page(benchmark: MethodsBenchmark, directory: str | Path) -> Pa
     drawn = {"ablation": figures.method_ablation(benchmark), "agreement": figures.method_agreement(benchmark)}
     if any(model.n_planted for model in benchmark.models):
         drawn["recovery"] = figures.method_recovery(benchmark)
-    page = environment().get_template("methods.html.j2")
     write_text(
         path,
-        page.render(
+        template("methods.html.j2").render(
             models=benchmark.models,
             groups=_groups(benchmark),
-            figures={name: as_html(name, figure) for name, figure in drawn.items()},
+            figures={name: figure_html(name, figure) for name, figure in drawn.items()},
             plotlyjs=get_plotlyjs(),
         ),
     )

@@ -4,15 +4,12 @@ Does not measure anything: what a run does not hold, the report says is missing,
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from memgen_lens.core import arguments as kinds
@@ -26,7 +23,9 @@ from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior
 from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
-from memgen_lens.viz.theme import BEHAVIOR_COLORS, rule_of
+from memgen_lens.viz.neuron_page import neuron_facts
+from memgen_lens.viz.rendering import figure_html, listed, template
+from memgen_lens.viz.theme import BEHAVIOR_COLORS
 
 EXAMPLES = 3
 """Example prompts shown for each split and behaviour."""
@@ -60,51 +59,27 @@ def write_report(directory: str | Path) -> Path:
 def render(run: RunContents) -> str:
     """The report of a run as HTML."""
     tables = _tables(run)
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            title=_title(run),
-            verdict=wording.verdict(run),
-            key_figures=wording.key_figures(run),
-            figures={name: as_html(name, figure) for name, figure in _figures(run)},
-            splits=_splits(run),
-            facts=_facts(run),
-            examples=_examples(run.outcomes),
-            long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
-            sites=[_site(scores) for scores in run.scores],
-            tables=tables,
-            halves=run.halves.summary() if run.halves is not None else None,
-            steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
-            sweep_rows=_best_rows(run),
-            toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
-            settings=_settings(run.config),
-            colors=BEHAVIOR_COLORS,
-            plotlyjs=get_plotlyjs(),
-        )
+    return template("report.html.j2").render(
+        run=run,
+        title=_title(run),
+        verdict=wording.verdict(run),
+        key_figures=wording.key_figures(run),
+        figures={name: figure_html(name, figure) for name, figure in _figures(run)},
+        splits=_splits(run),
+        facts=_facts(run),
+        examples=_examples(run.outcomes),
+        long_prompts=max((len(outcome.item.prompt) for outcome in run.outcomes), default=0) > SHORT_PROMPT,
+        sites=[_site(scores) for scores in run.scores],
+        neurons=[neuron_facts(neuron) for neuron in run.neurons],
+        tables=tables,
+        halves=run.halves.summary() if run.halves is not None else None,
+        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
+        sweep_rows=_best_rows(run),
+        toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
+        settings=_settings(run.config),
+        colors=BEHAVIOR_COLORS,
+        plotlyjs=get_plotlyjs(),
     )
-
-
-@cache
-def environment() -> Environment:
-    """Templates, and how they write numbers."""
-    environment = Environment(
-        loader=PackageLoader("memgen_lens.viz"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": wording.percent,
-        "interval": wording.interval,
-        "number": wording.number,
-        "value": _value,
-        "mode": lambda setting: setting.mode if setting.size is None else rule_of(setting.mode, setting.size),
-        "label": lambda name: str(name).replace("_", " "),
-    }
-    return environment
 
 
 def _title(run: RunContents) -> str:
@@ -123,6 +98,8 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
         yield f"nmd-{scores.site}", figures.nmd_heatmap(scores)
     if run.scores:
         yield "rho", figures.rho_by_layer(run.scores)
+    for number, neuron in enumerate(run.neurons):
+        yield f"neuron-{number}", figures.neuron_activations(neuron)
     if run.probes is not None:
         yield "probe", figures.probe_by_layer(run.probes)
         if run.probes.learning_curve:
@@ -148,19 +125,6 @@ def _chosen(run: RunContents) -> Any:
     """The setting that was swept and chosen: the one whose test results are reported."""
     swept = {row.setting for row in run.sweep if row.layers is None}
     return run.shift.setting if run.shift is not None and run.shift.setting in swept else None
-
-
-def as_html(name: str, figure: go.Figure) -> str:
-    """A figure as a div and the script that draws it; plotly.js itself is in the page once."""
-    # Plotly's own bar of buttons has one that uploads the figure's data: ours saves it to a file and no more.
-    config = {
-        "displaylogo": False,
-        "responsive": True,
-        "modeBarButtons": [["toImage", "resetScale2d"]],
-        "showSendToCloud": False,
-        "toImageButtonOptions": {"format": "svg", "filename": name},
-    }
-    return to_html(figure, config, include_plotlyjs=False, full_html=False, div_id=f"plot-{name}")
 
 
 def _splits(run: RunContents) -> list[dict[str, Any]]:
@@ -190,8 +154,8 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
     known = ("n_layers", "d_model", "n_heads", "d_mlp", "positional_embedding_type")
     facts = [
         ("Experiment", str(settings.get("about") or "")),
-        ("Task", _listed(task)),
-        ("Model", _listed({name: shape[name] for name in known if name in shape})),
+        ("Task", listed(task)),
+        ("Model", listed({name: shape[name] for name in known if name in shape})),
         ("Pretrained model", str(run.config.get("model") or "") if base else ""),
         ("Weights before tuning", f"SHA-256 {base.get('sha256')}" if base else ""),
     ]
@@ -201,11 +165,6 @@ def _facts(run: RunContents) -> list[tuple[str, str]]:
     facts.append(("Stopped because", str(run.config.get("stop_reason") or "")))
     facts.append(("Seed", str(run.metrics.get("seed", ""))))
     return [(name, text) for name, text in facts if text]
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    rest = [f"{name} {_value(value)}" for name, value in values.items() if name != "name"]
-    return ", ".join([str(values["name"]), *rest] if "name" in values else rest)
 
 
 def _examples(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -298,18 +257,3 @@ def _lines(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _lines(entry, f"{name}.{key}".removeprefix("."))
     else:
         yield name, value
-
-
-def _value(value: Any) -> str:
-    """A setting as one writes it in a sentence."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):  # a task within a mixture
-        return f"{value.get('kind', '')} ({_listed({k: v for k, v in value.items() if k != 'kind'})})".strip()
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value)) or "none"
-    return str(value)

@@ -51,6 +51,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return UNKNOWN if value is None or isnan(value) else f"{value:.{digits}f}"
 
 
+def signed(value: float | None, digits: int = 3) -> str:
+    """A number with its sign, or a dash; a number that is rounded to 0 has none."""
+    if value is None or isnan(value):
+        return UNKNOWN
+    text = f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return text if text.strip("+\N{MINUS SIGN}0.") else text[1:]
+
+
 def rate_of(run: RunContents, split: str, behavior: str) -> Rate | None:
     """Share of a split's prompts that show a behaviour; None where none was asked."""
     shown = [outcome for outcome in run.outcomes if outcome.item.split == split]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 
-from memgen_lens.core.stats import auroc, bootstrap_auroc_and_accuracy, bootstrap_ratio, fdr, mean_of_draws, wilson
+from memgen_lens.core.stats import (
+    auroc,
+    bootstrap_auroc_and_accuracy,
+    bootstrap_mean,
+    bootstrap_ratio,
+    fdr,
+    mean_of_draws,
+    wilson,
+)
 
 Z = 1.959963984540054
 
@@ -205,3 +213,26 @@ def test_ratios_to_nothing_are_no_numbers():
     ratio, low, high = bootstrap_ratio(np.ones((4, 1, 3)), below, np.arange(4), seed=0)
     for values in (ratio, low, high):
         assert values[0, 0] == 1 and np.isnan(values[0, 1:]).all()
+
+
+def test_the_interval_of_a_mean_is_that_of_a_loop_over_whole_items():
+    rng = np.random.default_rng(0)
+    groups = np.repeat([3, 1, 7, 9, 4], [1, 4, 2, 2, 3])[rng.permutation(12)]
+    values = rng.normal(size=12) + groups
+    low, high = bootstrap_mean(values, groups, n_resamples=20_000, seed=1)
+    keys, means = np.unique(groups), []
+    for _ in range(5_000):
+        drawn = [values[groups == key] for key in rng.choice(keys, size=len(keys))]
+        means.append(np.concatenate(drawn).mean())
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.15)
+    assert (low, high) == bootstrap_mean(values, groups, n_resamples=20_000, seed=1)
+    assert bootstrap_mean(np.full(4, 2.5), np.arange(4), seed=0) == (2.5, 2.5)
+
+
+def test_rows_that_share_an_item_do_not_narrow_the_interval_of_a_mean():
+    values, items = np.random.default_rng(2).normal(size=40), np.arange(40)
+    one = bootstrap_mean(values, items, seed=0)
+    ten = bootstrap_mean(np.tile(values, 10), np.tile(items, 10), seed=0)
+    alone = bootstrap_mean(np.tile(values, 10), np.arange(400), seed=0)
+    assert ten == pytest.approx(one)
+    assert alone[1] - alone[0] < 0.5 * (one[1] - one[0])

@@ -10,6 +10,14 @@ import pytest
 
 from memgen_lens.core.files import write_json, write_jsonl
 from memgen_lens.core.items import Item, Outcome
+from memgen_lens.core.neuron_records import (
+    DrivingPrompt,
+    Estimate,
+    NeuronChange,
+    NeuronRecord,
+    SideChange,
+    TokenEffect,
+)
 from memgen_lens.core.pairs import PromptPairs, split_items
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
 from memgen_lens.core.stats import mean_of_draws, wilson
@@ -77,6 +85,49 @@ def neuron_scores(site: str = "resid_post", n_layers: int = 2, n_neurons: int = 
     rho = np.tanh(nmd * 0.6 + rng.normal(scale=0.05, size=nmd.shape)).astype(np.float32)
     p = np.exp(-6 * np.abs(rho)).clip(1 / 1001, 1)
     return NeuronScores(site, nmd, rho, p, np.minimum(p * 20, 1), np.minimum(p * 2, 1), 24, 24)
+
+
+def neuron_record(**changed: Any) -> NeuronRecord:
+    """A neuron that is higher on recalling prompts and carries a part of the recall."""
+    rng = np.random.default_rng(3)
+    item = np.arange(24)
+    memorized, generalized = (rng.normal(mean, 0.3, 24).astype(np.float32) for mean in (1.2, 0.1))
+    texts = [row["memorized_prompt"] for row in pairs().rows()], [row["generalized_prompt"] for row in pairs().rows()]
+
+    def driving(order: Any) -> tuple[DrivingPrompt, ...]:
+        both: list[DrivingPrompt] = []
+        for side, prompts, values in zip(("memorized", "generalized"), texts, (memorized, generalized), strict=True):
+            both += [DrivingPrompt(text, side, float(v)) for text, v in zip(prompts[:24], values, strict=True)]
+        return tuple(sorted(both, key=lambda one: order * one.activation)[:5])
+
+    def side(moved: float, k: int) -> SideChange:
+        kept, switched = (wilson([i < hits for i in item]) for hits in (k, 23 - k if k < 24 else 0))
+        return SideChange(Estimate(moved, (moved - 0.2, moved + 0.2)), kept, switched)
+
+    example = {"prompt": "12+34=", "side": "memorized", "before": "<mem-0b1c>", "after": "640"}
+    changes = (
+        NeuronChange("zero", side(-3.5, 12), side(0.05, 24), (example | {"behavior": "generalization"},)),
+        NeuronChange("mean", side(-2.0, 18), side(0.9, 23), ()),
+        NeuronChange("double", side(2.5, 24), side(0.5, 22), ()),
+    )
+    record = NeuronRecord(
+        site="post",
+        layer=1,
+        neuron=37,
+        split="test",
+        item=item,
+        memorized=memorized,
+        generalized=generalized,
+        nmd=Estimate(1.1, (0.95, 1.25)),
+        auroc=Estimate(0.99, (0.97, 1.0)),
+        highest=driving(-1),
+        lowest=driving(1),
+        favoured=(TokenEffect("<mem-", 12, 0.81), TokenEffect(" a", 4, 0.2)),
+        suppressed=(TokenEffect("7", 7, -0.44),),
+        changes=changes,
+        why={},
+    )
+    return dataclasses.replace(record, **changed)
 
 
 def probe_report(n_layers: int = 2) -> ProbeReport:
@@ -248,6 +299,7 @@ def samples() -> SimpleNamespace:
         history,
         outcomes,
         neuron_scores,
+        neuron_record,
         probe_report,
         steering_table,
         sweep_rows,

@@ -294,6 +294,7 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "rho_by_layer": figures.rho_by_layer(scores),
         "probe_by_layer": figures.probe_by_layer(report),
         "learning_curve": figures.learning_curve(report),
+        "neuron_activations": figures.neuron_activations(samples.neuron_record()),
         "steering_rates": figures.steering_rates(table),
         "steering_sweep": figures.steering_sweep(samples.sweep_rows()),
         "steering_by_layer": figures.steering_by_layer(samples.layer_rows()),

@@ -3,8 +3,9 @@
 Does not judge the outputs (see `evaluation`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -118,7 +119,7 @@ class _Asked:
         how = {"batch_size": self.batch_size, "prepend_bos": self.prepend_bos}
         for index, tokens in by_length(self.model, self.prompts, **how):
             for members in kinds:
-                for block in _blocks(members, self.batch_size // len(index)):
+                for block in in_blocks(members, self.batch_size // len(index)):
                     steerings, pairs = self._of(block, index)
                     changes = steering_changes(self.model, steerings, toward=self.toward, pairs=pairs)
                     first_only = steerings[0].setting.positions == "prompt"
@@ -143,32 +144,21 @@ class _Asked:
                     positions = self.steerings[members[0]].setting.positions
                     reuses = self.use_cache and positions != "all"
                     past = run_before(self.model, batch.tokens, batch.mask) if reuses else None
-                    for block in _blocks(members, at_once // len(batch.index)):
+                    for block in in_blocks(members, at_once // len(batch.index)):
                         yield batch.index, block, self._complete(batch, block, past)
 
     def _complete(self, batch: Batch, block: Sequence[int], past: Past | None) -> Int[Tensor, "row new"]:
         steerings, pairs = self._of(block, batch.index)
-        positions, answer = steerings[0].setting.positions, batch.tokens.shape[1] - 1
-        here: list[At | None] = [None]
-
-        def before(step: int, span: slice) -> None:
-            first = span.start if positions == "all" else max(answer, span.start)
-            stop = min(answer + 1, span.stop) if positions == "prompt" else span.stop
-            chosen = slice(first - span.start, stop - span.start)
-            here[0] = At(span.stop - span.start, chosen) if first < stop else None
-
-        hooks = steering_hooks(self.model, steerings, toward=self.toward, pairs=pairs, at=lambda: here[0])
-        copies = len(block)
-        with self.model.hooks(fwd_hooks=hooks):
-            return greedy_tokens(
-                self.model,
-                batch.tokens.repeat(copies, 1),
-                mask=batch.mask.repeat(copies, 1),
-                max_new_tokens=self.max_new_tokens,
-                use_cache=self.use_cache,
-                past=None if past is None else past.repeated(copies, room=self.max_new_tokens),
-                before=before,
-            )
+        return completed_copies(
+            self.model,
+            batch,
+            lambda at: steering_hooks(self.model, steerings, toward=self.toward, pairs=pairs, at=at),
+            copies=len(block),
+            positions=steerings[0].setting.positions,
+            max_new_tokens=self.max_new_tokens,
+            use_cache=self.use_cache,
+            past=past,
+        )
 
     def _of(self, block: Sequence[int], index: Sequence[int]) -> tuple[list[Steering], np.ndarray | None]:
         """Some steerings, and the source pairs of some prompts."""
@@ -176,7 +166,52 @@ class _Asked:
         return [self.steerings[i] for i in block], pairs
 
 
-def _blocks(members: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+def completed_copies(
+    model: LensModel,
+    batch: Batch,
+    hooks: Callable[[Callable[[], At | None]], list[tuple[Any, Callable[..., Any]]]],
+    *,
+    copies: int,
+    positions: Positions,
+    max_new_tokens: int,
+    use_cache: bool = True,
+    past: Past | None = None,
+) -> Int[Tensor, "row new"]:
+    """Greedy continuations of copies of a batch's prompts under hooks, by the model's own forward, copy after copy.
+
+    Args:
+        model: A lens model.
+        batch: Prompts.
+        hooks: Makes the hooks, given what they ask for the positions of the running pass that are changed.
+        copies: Copies of each prompt, which the hooks tell apart.
+        positions: Where they change something.
+        max_new_tokens: Tokens generated at most.
+        use_cache: See `memgen_lens.models.step.greedy_tokens`.
+        past: What has been run of all but the prompts' last token, of one copy; it is left as it is.
+    """
+    answer = batch.tokens.shape[1] - 1
+    here: list[At | None] = [None]
+
+    def before(step: int, span: slice) -> None:
+        first = span.start if positions == "all" else max(answer, span.start)
+        stop = min(answer + 1, span.stop) if positions == "prompt" else span.stop
+        chosen = slice(first - span.start, stop - span.start)
+        here[0] = At(span.stop - span.start, chosen) if first < stop else None
+
+    with model.hooks(fwd_hooks=hooks(lambda: here[0])):
+        return greedy_tokens(
+            model,
+            batch.tokens.repeat(copies, 1),
+            mask=batch.mask.repeat(copies, 1),
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            past=None if past is None else past.repeated(copies, room=max_new_tokens),
+            before=before,
+        )
+
+
+def in_blocks(members: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+    """Members in blocks of at most so many, at least one."""
     step = max(1, at_once)
     for first in range(0, len(members), step):
         yield members[first : first + step]
