@@ -22,8 +22,8 @@ from memgen_lens.viz.consistency_figures import seed_profiles, split_half
 from memgen_lens.viz.dynamics_figure import dynamics
 from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
-from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
 from memgen_lens.viz.neuron_figures import neuron_activations
+from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
