@@ -120,9 +120,9 @@ def attribute(
 
     ``ci95`` is a percentile bootstrap of ``score`` (Efron and Tibshirani 1993, sec. 13.3): items are drawn anew with
     replacement, all pairs of one together, and the score is made of the pairs drawn. A causal method's effects are
-    found once, what stands for ablated neurons included. It takes 24 bytes a neuron and resample at most; ``"auroc"``
-    sums up ranks for each resample (ten times the time of the others), ``"probe_weights"`` fits each layer's probe
-    anew (minutes for 1,000 resamples of a small model).
+    found once, what stands for ablated neurons included, and take 8 bytes a neuron and resample. 1,000 resamples of 200
+    pairs, 12 layers and 768 neurons take half a second to a second of one core, with ``"auroc"`` five seconds; with
+    ``"probe_weights"`` each layer's probe is fitted anew for each, in two minutes.
 
     Args:
         source: Activations recorded by `record`, or a lens model, left without hooks also after an exception.

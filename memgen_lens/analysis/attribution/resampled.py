@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
 
 from memgen_lens.analysis.attribution.methods import Observational
 from memgen_lens.core.linear_probe import fit_probe
@@ -18,8 +19,8 @@ from memgen_lens.core.linear_probe import fit_probe
 Weights = Callable[[int, int], Float[np.ndarray, "draw item"]]
 """What gives the weights of the items from one place to another."""
 NEURONS_AT_ONCE = PAIRS_AT_ONCE = 1024
-SUMS_AT_ONCE = 2**22
-"""Neurons times weightings whose sums are kept together: 32 MB an array."""
+SUMS_AT_ONCE = 2**20
+"""Neurons times weightings whose sums are kept together: 8 MB an array, which stays in the cache."""
 RANKS_AT_ONCE = 2**20
 """Neurons times pairs times weightings whose ranks are summed up together, which stay near the processor's cache."""
 
@@ -211,28 +212,31 @@ def _auroc(
         ups = downs = np.concatenate([mem, gen])
         for_mem, for_gen = _by_row(weighting, items)
     total = for_mem.sum(1) * for_gen.sum(1)
-    # Sums of halves below 2^24 are exact in float32.
-    dtype = torch.float32 if 2 * total.max() < 2**24 else torch.float64
-    w_up, w_down = (torch.tensor(w.T, dtype=dtype) for w in (for_mem, for_gen))
-    up, down = (torch.tensor(values.T).contiguous() for values in (ups, downs))
+    dtype = np.float32 if 2 * total.max() < 2**24 else np.float64  # sums of halves are exact in either
+    w_up, w_down = (np.ascontiguousarray(weights.T, dtype=dtype) for weights in (for_mem, for_gen))  # [row, draw]
+    up, down = (torch.from_numpy(np.ascontiguousarray(values.T)) for values in (ups, downs))  # [neuron, row]
     down, order = down.sort(dim=1)
-    left, right = (torch.searchsorted(down, up, right=side) for side in (False, True))
+    left, right = (torch.searchsorted(down, up, right=side).numpy() for side in (False, True))
     n_draws, n_up, n_down = weighting.n_draws, len(w_up), len(w_down)
-    found = torch.empty(len(up), n_draws, dtype=torch.float64)
-    step = max(1, RANKS_AT_ONCE // (n_draws * max(n_up, n_down)))
-    room = torch.zeros(step, n_down + 1, n_draws, dtype=dtype)
+    step = min(len(up), max(1, RANKS_AT_ONCE // (n_draws * max(n_up, n_down))))
+    found = np.empty((n_draws, len(up)))
+    # Room that is used again: to ask for it anew takes longer than all that is done in it.
+    below, told, ties = (np.zeros((n, step, n_draws), dtype=dtype) for n in (n_down + 1, n_up, n_up))
     for first in range(0, len(up), step):
         at = slice(first, first + step)
         n = len(order[at])
-        below = room[:n]
-        torch.cumsum(w_down[order[at]], dim=1, out=below[:, 1:])
-        shift = torch.arange(n)[:, None] * (n_down + 1)
+        if n < step:
+            below, told, ties = (np.zeros((len(whole), n, n_draws), dtype=dtype) for whole in (below, told, ties))
+        np.take(w_down, order[at].numpy().T, axis=0, out=below[1:], mode="clip")
+        for place in range(n_down):  # over the sorted rows, all neurons and draws at once
+            np.add(below[place], below[place + 1], out=below[place + 1])
         flat = below.reshape(-1, n_draws)
-        told = flat[left[at] + shift]
-        if not torch.equal(left[at], right[at]):  # ties count half
-            told = told.add_(flat[right[at] + shift]).div_(2)
-        found[at] = told.mul_(w_up).sum(1)
-    return 2 * found.numpy().T / total[:, None] - 1
+        np.take(flat, left[at].T * n + np.arange(n), axis=0, out=told, mode="clip")
+        if not np.array_equal(left[at], right[at]):  # ties count half
+            np.take(flat, right[at].T * n + np.arange(n), axis=0, out=ties, mode="clip")
+            np.divide(np.add(told, ties, out=told), 2, out=told)
+        found[:, at] = np.einsum("unr,ur->rn", told, w_up)
+    return 2 * found / total[:, None] - 1
 
 
 def _probes(
@@ -245,9 +249,10 @@ def _probes(
     """Weights of a probe that is fitted anew to each draw."""
     features = np.concatenate([mem, gen])
     found = np.empty((weighting.n_draws, mem.shape[1]))
-    for draw, (for_mem, for_gen) in enumerate(zip(*_by_row(weighting, items), strict=True)):
-        rows = for_mem + for_gen > 0
-        probe: Any = fit_probe(features[rows], for_mem[rows] > 0, (for_mem + for_gen)[rows])
-        found[draw] = probe[-1].coef_[0]
-        fitted(1)
+    with threadpool_limits(1):  # for matrices this small, threads that share the cores wait ten times as long
+        for draw, (for_mem, for_gen) in enumerate(zip(*_by_row(weighting, items), strict=True)):
+            rows = for_mem + for_gen > 0
+            probe: Any = fit_probe(features[rows], for_mem[rows] > 0, (for_mem + for_gen)[rows])
+            found[draw] = probe[-1].coef_[0]
+            fitted(1)
     return found

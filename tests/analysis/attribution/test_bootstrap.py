@@ -7,7 +7,7 @@ from by_library import OBSERVATIONAL, score_by_library
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.bootstrap import ItemCounts, percentiles
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH
 from memgen_lens.analysis.attribution.resampled import WeightedSums, Weighting
 from memgen_lens.core.errors import RunDirectoryError, SettingsError
 from memgen_lens.core.files import write_arrays
@@ -69,6 +69,7 @@ def test_intervals_of_causal_methods_are_those_of_the_effects_of_single_items(me
     how = {"baseline": "zero"} if method == "ablation" else {}
     groups = np.full((planted.N_LAYERS, planted.D_MLP), -1)
     groups[0, :3] = groups[1, 6:9] = [0, 1, 2]
+    how |= {"n_steps": 3} if method in ON_A_PATH else {}
     how |= {"groups": groups} if method in EXACT else {}
     found = mg.attribute(model, pairs, "post", method=method, n_resamples=150, seed=1, batch_size=3, **how, **QUICK)
     one_by_one = []

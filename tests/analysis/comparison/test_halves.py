@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.causal import Explainer
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH
 from memgen_lens.analysis.comparison.halves import _Halvings
 from memgen_lens.core.consistency_records import SplitHalf
 from memgen_lens.core.errors import PairsError, SettingsError
@@ -80,6 +80,7 @@ def test_halves_by_a_causal_method_are_means_of_the_effects_of_their_pairs(metho
     groups[0, :5] = groups[1, 5:10] = [0, 1, 2, 3, 4]
     groups[1, 5:10] += 5
     how = {"groups": groups} if method in EXACT else {}
+    how |= {"n_steps": 3} if method in ON_A_PATH else {}
     how |= {"baseline": "zero"} if method == "ablation" else {}  # the mean of all prompts is unknown to single pairs
     one_by_one = []
     for pair in range(len(ITEMS)):  # eight copies of one pair are the fewest that are scored
@@ -117,9 +118,10 @@ def test_the_model_runs_each_pair_once(known, monkeypatch):
         return plain(self, sides)
 
     monkeypatch.setattr(Explainer, "attribution_patching", counted)
-    found = mg.consistency.split_half(known.model, known.pairs, "post", method="attribution_patching", n_splits=100)
+    how = {"method": "attribution_patching", "top_fraction": planted.ONE_NEURON, "n_splits": 100}
+    found = mg.consistency.split_half(known.model, known.pairs, "post", **how)
     assert sum(seen) == len(known.pairs) and len(found.spearman) == 100
-    assert found.overlap.mean() > found.null_overlap.mean()
+    assert found.n_top == 1 and (found.overlap == 1).all(), "both halves find the neuron that decides"
 
 
 def test_halves_by_any_method_are_written_and_read_back_and_those_of_before_are_by_rho():
