@@ -134,7 +134,8 @@ def split_half(
     if method in CAUSAL:
         how = how_to_run(metric, baseline, n_steps, groups, batch_size, seed, progress)
         with torch.inference_mode(False):  # where the caller keeps no gradients, ours are
-            blocks, varies = _causal(source, scored, site, cast(Causal, method), how, places, halvings)
+            model = cast(LensModel, source)  # activations with such a method make no call
+            blocks, varies = _causal(model, scored, site, cast(Causal, method), how, places, halvings)
     else:
         if isinstance(source, Activations):
             recorded = source.site(site).take(index)
