@@ -236,6 +236,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         method="attribution_patching",
         split="tune",
         n_permutations=0,
+        n_resamples=0,
         seed=0,
         metric=None,
         baseline=None,
@@ -251,6 +252,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         sites=["post"],
         split="tune",
         n_permutations=0,
+        n_resamples=0,
         seed=0,
         batch_size=64,
         **QUIET,
@@ -382,7 +384,21 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "PromptPairs.require": lambda w: good(w.pairs.require, at_least=8, n=9, call="here"),
     "PromptPairs.of_task": lambda w: good(w.pairs.of_task, name=""),
     "consistency.split_half": lambda w: good(
-        mg.consistency.split_half, acts=w.acts, site="post", split=None, n_splits=20, top_fraction=0.1, seed=0
+        mg.consistency.split_half,
+        source=w.model,
+        pairs=w.pairs,
+        site="post",
+        method="attribution_patching",
+        split="select",
+        n_splits=20,
+        top_fraction=0.1,
+        seed=0,
+        metric=None,
+        baseline=None,
+        n_steps=None,
+        groups=None,
+        batch_size=64,
+        **QUIET,
     ),
     "consistency.across_seeds": lambda w: good(
         mg.consistency.across_seeds, scores=[w.scores, w.scores], top_fraction=0.1

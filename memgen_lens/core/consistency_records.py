@@ -33,14 +33,16 @@ class SplitHalf:
         n_pairs: Pairs that were halved.
         n_items: Items they belong to; halves are dealt by item.
         n_neurons: Neurons that vary over these pairs.
-        n_top: Neurons in a top set, those with the largest abs(rho).
+        n_top: Neurons in a top set, those with the largest abs(score); of a causal method the largest score.
         top_fraction: Share of all the site's neurons that they are.
-        spearman: For each split, the rank correlation of the neurons' rho in one half with that in the other, [-1, 1].
+        spearman: For each split, the rank correlation of the neurons' scores in the two halves, in [-1, 1].
         overlap: For each split, the share of one half's top set that is in the other's, in [0, 1].
         expected_overlap: Share for random sets of this size (hypergeometric mean, ``n_top / n_neurons``).
         overlap_p: Hypergeometric probability of at least the median number shared.
-        null_spearman: ``spearman`` where the labels of each item were swapped at random.
+        null_spearman: ``spearman`` where the labels of each item (a causal method: the sign of its effects) were
+            swapped at random.
         null_overlap: ``overlap`` likewise.
+        method: What neurons are scored by; see `memgen_lens.attribute`.
     """
 
     site: str
@@ -55,6 +57,7 @@ class SplitHalf:
     overlap_p: float
     null_spearman: Float[np.ndarray, " split"]
     null_overlap: Float[np.ndarray, " split"]
+    method: str = "pearson"
 
     def summary(self) -> dict[str, Any]:
         """Means over splits with the interval that holds 95 % of them, for ``metrics.json``."""

@@ -13,6 +13,8 @@ from memgen_lens.core.errors import PairsError
 
 MAX_ITER = 2000
 """Iterations of a probe's optimizer at most."""
+STEPS = ("standardscaler", "logisticregression")
+"""What the parts of a probe are called inside it."""
 
 
 def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
@@ -30,15 +32,21 @@ def require_two_classes(labels: Bool[np.ndarray, " row"], *, call: str) -> None:
         )
 
 
-def fit_probe(features: Float[np.ndarray, "row feature"], labels: Bool[np.ndarray, " row"]) -> Pipeline:
+def fit_probe(
+    features: Float[np.ndarray, "row feature"],
+    labels: Bool[np.ndarray, " row"],
+    weights: Float[np.ndarray, " row"] | None = None,
+) -> Pipeline:
     """One probe on any features: ``StandardScaler`` + ``LogisticRegression``.
 
     Args:
         features: One row a prompt.
         labels: True for memorization.
+        weights: How often each row counts, as if it stood there that often; default: once.
 
     Raises:
         PairsError: The labels are of one class only.
     """
     require_two_classes(labels, call="fit_probe")
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER)).fit(features, labels)
+    weighted = {} if weights is None else {f"{step}__sample_weight": weights for step in STEPS}
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITER)).fit(features, labels, **weighted)

@@ -121,6 +121,8 @@ class NeuronScores:
         n_items: Items that these pairs belong to: what the test counts.
         method: What ``score`` is; see `memgen_lens.attribute`.
         score: What neurons are ranked by, by its size; rho where none is given.
+        ci95: Low and high end of the 95 % bootstrap interval of ``score``, items resampled; None where none was asked
+            for.
     """
 
     site: str
@@ -133,6 +135,7 @@ class NeuronScores:
     n_items: int
     method: str = "pearson"
     score: Float[np.ndarray, "layer neuron"] = None  # pyright: ignore[reportAssignmentType]  # filled in at once
+    ci95: Float[np.ndarray, "2 layer neuron"] | None = None
 
     def __post_init__(self) -> None:
         if self.score is None:
@@ -144,6 +147,7 @@ class NeuronScores:
         path = Path(directory) / f"{self.site}.safetensors"
         arrays = {name: getattr(self, name) for name in ("nmd", "rho", "p", "p_family", "q", "score")}
         counts = {"n_pairs": np.array([self.n_pairs]), "n_items": np.array([self.n_items])}
+        arrays |= {} if self.ci95 is None else {"ci95": self.ci95}
         write_arrays(path, arrays | counts | {"method": np.frombuffer(self.method.encode(), dtype=np.uint8)})
         return path
 
@@ -161,11 +165,13 @@ class NeuronScores:
         wanted = {"nmd", "rho", "p", "p_family", "q", "n_pairs", "n_items"}
         if set(arrays) == wanted - {"n_items"}:
             raise counts_rows(path, "p-values")
-        ranked = {}
+        ranked: dict[str, Any] = {"ci95": arrays.pop("ci95")} if "ci95" in arrays else {}
         if {"method", "score"} <= set(arrays):  # files of before have neither: their neurons were ranked by rho
-            ranked = {"method": bytes(arrays.pop("method")).decode(), "score": arrays.pop("score")}
+            ranked |= {"method": bytes(arrays.pop("method")).decode(), "score": arrays.pop("score")}
         if set(arrays) != wanted or any(arrays[name].shape != (1,) for name in ("n_pairs", "n_items")):
             raise damaged(path, f"arrays {', '.join(sorted(arrays))} in place of {', '.join(sorted(wanted))}")
+        if "ci95" in ranked and ranked["ci95"].shape != (2, *arrays["nmd"].shape):
+            raise damaged(path, f"ci95 of shape {ranked['ci95'].shape} beside nmd of {arrays['nmd'].shape}")
         n_pairs, n_items = (int(arrays.pop(name)[0]) for name in ("n_pairs", "n_items"))
         return cls(site=path.name.removesuffix(".safetensors"), n_pairs=n_pairs, n_items=n_items, **arrays, **ranked)
 

@@ -3,7 +3,9 @@
 Public through `memgen_lens.viz.figures`. Does not compute: values are drawn as recorded.
 """
 
+from collections.abc import Sequence
 from html import escape
+from typing import cast
 
 import numpy as np
 import plotly.graph_objects as go
@@ -26,30 +28,34 @@ from memgen_lens.viz.theme import (
 
 
 @arguments(
-    result=kinds.one(SplitHalf),
+    result=kinds.several(kinds.one(SplitHalf)),
 )
-def split_half(result: SplitHalf) -> go.Figure:
+def split_half(result: SplitHalf | Sequence[SplitHalf]) -> go.Figure:
     """How far two halves of the pairs find the same neurons, every split a point, beside swapped labels.
 
-    Above, the rank correlation of all neurons' rho; below, the share of the top neurons that both halves have in
-    common, with a dotted line where the hypergeometric would put random sets. See
-    `memgen_lens.analysis.comparison.split_half`.
+    Above, the rank correlation of all neurons' scores; below, the share of the top neurons that both halves have in
+    common, with a dotted line where the hypergeometric would put random sets. Several results (methods, sites) stand
+    one below another. See `memgen_lens.analysis.comparison.split_half`.
 
     Args:
-        result: Halvings of one site's pairs.
+        result: Halvings of one site's pairs, or several of them.
     """
+    results = cast("list[SplitHalf]", result)
+    names = _names_of(results)
+    score = _scored_by(results[0].method) if len(results) == 1 else "scores"
+    counts = sorted({one.n_top for one in results})
     titles = [
-        "rank correlation of rho between the halves (Spearman)",
-        f"share of the top {result.n_top} neurons found by both halves",
+        f"rank correlation of {score} between the halves (Spearman)",
+        f"share of the top {' or '.join(map(str, counts))} neurons found by both halves",
     ]
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.26, subplot_titles=titles)
     figure.update_annotations(x=0, xanchor="left", font_size=13)
-    rows = (
-        (1, "as they are", result.spearman, SITE_COLORS[0]),
-        (1, "labels swapped", result.null_spearman, MUTED),
-        (2, "as they are", result.overlap, SITE_COLORS[0]),
-        (2, "labels swapped", result.null_overlap, MUTED),
-    )
+    rows = [
+        (row, name, getattr(one, prefix + of), MUTED if prefix else SITE_COLORS[0])
+        for row, of in ((1, "spearman"), (2, "overlap"))
+        for one, both in zip(results, names, strict=True)
+        for name, prefix in zip(both, ("", "null_"), strict=True)
+    ]
     for row, name, values, color in rows:
         there = values[np.isfinite(values)]
         figure.add_box(
@@ -70,21 +76,39 @@ def split_half(result: SplitHalf) -> go.Figure:
             row=row,
             col=1,
         )
-    figure.add_vline(
-        x=result.expected_overlap,
-        line={"color": INK, "dash": "dot", "width": 1.5},
-        annotation_text="random sets",
-        annotation_position="top right",
-        annotation_font={"color": MUTED, "size": 12},
-        row=2,  # pyright: ignore
-        col=1,  # pyright: ignore
-    )
+    for number, expected in enumerate(sorted({one.expected_overlap for one in results})):
+        figure.add_vline(
+            x=expected,
+            line={"color": INK, "dash": "dot", "width": 1.5},
+            annotation_text="" if number else "random sets",
+            annotation_position="top right",
+            annotation_font={"color": MUTED, "size": 12},
+            row=2,  # pyright: ignore
+            col=1,  # pyright: ignore
+        )
     figure.update_yaxes(autorange="reversed", ticks="", showline=False)
-    low = min(-0.02, extreme([*result.null_spearman, *result.spearman], np.nanmin, 0.0) - 0.05)
-    figure.update_xaxes(range=[low, 1.02], row=1, col=1)
-    figure.update_xaxes(title_text=f"over {len(result.spearman)} random halvings", **SHARE_AXIS, row=2, col=1)
-    title = f"Split half: {escape(result.site)} ({counted(result.n_pairs, result.n_items, 'pairs')})"
-    return themed(figure, title, height=390)
+    lowest = min(extreme([*one.null_spearman, *one.spearman], np.nanmin, 0.0) for one in results)
+    figure.update_xaxes(range=[min(-0.02, lowest - 0.05), 1.02], row=1, col=1)
+    splits = " or ".join(str(n) for n in sorted({len(one.spearman) for one in results}))
+    figure.update_xaxes(title_text=f"over {splits} random halvings", **SHARE_AXIS, row=2, col=1)
+    first, same = results[0], len({(one.n_pairs, one.n_items) for one in results}) == 1
+    sites = ", ".join(dict.fromkeys(escape(one.site) for one in results))
+    counted_pairs = f" ({counted(first.n_pairs, first.n_items, 'pairs')})" if same else ""
+    return themed(figure, f"Split half: {sites}{counted_pairs}", height=300 + 90 * len(results))
+
+
+def _names_of(results: list[SplitHalf]) -> list[tuple[str, str]]:
+    """What each result's halvings, and those with labels swapped, are called: by what parts the results."""
+    if len(results) == 1:
+        return [("as they are", "labels swapped")]
+    sites = {one.site for one in results}
+    own = [_scored_by(one.method) if len(sites) == 1 else f"{one.site}, {_scored_by(one.method)}" for one in results]
+    own = [name if own.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(own)]
+    return [(escape(name), f"{escape(name)}, swapped") for name in own]
+
+
+def _scored_by(method: str) -> str:
+    return "rho" if method == "pearson" else method.replace("_", " ")
 
 
 @arguments(

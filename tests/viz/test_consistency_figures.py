@@ -49,6 +49,20 @@ def test_split_half_draws_every_halving_beside_swapped_labels_and_chance():
         ("labels swapped", result.null_overlap.tolist()),
     ]
     assert figure.layout.shapes[0].x0 == result.expected_overlap
+    assert figure.layout.annotations[0].text == "rank correlation of rho between the halves (Spearman)"
+    by_gradient = figures.split_half(replace(result, method="attribution_patching"))
+    assert "of attribution patching between" in by_gradient.layout.annotations[0].text
+
+
+def test_halves_by_several_methods_stand_one_below_another():
+    results = [halves(), replace(halves(), method="auroc", n_top=20, expected_overlap=0.08)]
+    figure = figures.split_half(results)
+    names = ["rho", "rho, swapped", "auroc", "auroc, swapped"]
+    assert [box.y[0] for box in figure.data] == names * 2
+    assert [line.x0 for line in figure.layout.shapes] == [0.08, results[0].expected_overlap]
+    assert "top 20 or 26 neurons" in figure.layout.annotations[1].text and plain(figure)["data"]
+    elsewhere = figures.split_half([halves(), replace(halves(), site="post"), replace(halves(), site="post")])
+    assert [box.y[0] for box in elsewhere.data][:6:2] == ["resid_post, rho", "post, rho (2)", "post, rho (3)"]
 
 
 def test_matrices_are_drawn_row_by_row_with_intervals_and_chance_beside_them():

@@ -4,23 +4,32 @@ Does not compute a method: see `methods` (on recorded activations) and `causal` 
 """
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from pydantic import BeforeValidator
 
+from memgen_lens.analysis.attribution.bootstrap import observed_ci95, require_resamples
+from memgen_lens.analysis.attribution.calls import (
+    BaselineName,
+    Groups,
+    how_to_run,
+    pairs_and_site,
+    require_used,
+    site_of_activations,
+    source_of,
+)
 from memgen_lens.analysis.attribution.causal import Baseline
 from memgen_lens.analysis.attribution.contrast import Metric
 from memgen_lens.analysis.attribution.effects import CALL, explained
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH, Method, observed
+from memgen_lens.analysis.attribution.methods import CAUSAL, Method, observed
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.attribution.streaming import (
     PAIRS_A_BLOCK,
     by_item,
-    count_items,
     pairs_of,
+    places_of,
     require_permutations,
     scores_of,
 )
@@ -28,49 +37,25 @@ from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.pairs import PairSplit, PromptPairs
+from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.types import LensModel
-from memgen_lens.models.guard import require_lens_model
-
-PROMPTS_AT_ONCE = 256
-"""Prompts that a causal method runs together, where no number is asked for."""
-DEFAULT_STEPS = 20
-
-
-def _source(value: Any) -> Any:
-    if not isinstance(value, Activations):
-        require_lens_model(value, call=CALL)
-    return value
-
-
-def _groups(value: Any) -> Any:
-    if value is None:
-        return None
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        array = np.array("ragged")
-    if array.ndim != 2 or array.dtype.kind not in "iu":
-        raise ValueError(
-            "whole numbers [layer, neuron]: neurons with one number are changed together, below 0 not at all"
-        )
-    return array.astype(np.int64)
 
 
 @arguments(
-    source=Annotated[Any, BeforeValidator(_source)],
+    source=source_of(CALL),
     pairs=kinds.one(PromptPairs) | kinds.Text | None,
     site=kinds.Text | None,
     method=Method,
     split=kinds.PairSplitName | None,
     n_permutations=kinds.Number0,
+    n_resamples=kinds.Number0,
     seed=kinds.Seed,
     metric=kinds.Callback | None,
-    baseline=Literal["zero", "mean", "resample"] | None,
+    baseline=BaselineName | None,
     n_steps=kinds.Count | None,
-    groups=Annotated[Any, BeforeValidator(_groups)],
+    groups=Groups | None,
     batch_size=kinds.Count | None,
     progress=kinds.Flag,
 )
@@ -82,6 +67,7 @@ def attribute(
     method: Method = "pearson",
     split: PairSplit | None = "select",
     n_permutations: int = 1000,
+    n_resamples: int = 0,
     seed: int = 0,
     metric: Metric | None = None,
     baseline: Baseline | None = None,
@@ -122,11 +108,21 @@ def attribute(
       prompt with the recalled prompt's value, and loses in the recalled prompt with the computed one's; the mean.
       Both are exact, and run the model once for each neuron.
 
-    ``p`` is a two-sided paired permutation test. Of observational methods: under the null the labels of an item are
-    exchangeable, so the signs of its differences are flipped at random, those of all its pairs together; the statistic
-    is the t of the items' sums of differences, the same for all these methods. Of causal ones: the signs of an item's
-    effects are flipped. ``p_family`` refers each neuron to the largest abs(t) over all neurons (max-T; Westfall and
-    Young 1993), ``q`` is Benjamini-Hochberg over the site. The papers test nothing.
+    ``p`` is a two-sided paired permutation test of whole items. Of observational methods: under the null the labels of
+    an item are exchangeable, so the signs of its differences are flipped at random, those of all its pairs together;
+    the statistic is the t of the items' sums of differences, the same for all these methods. It asks whether a neuron
+    differs, not whether a probe needs it beside the others. Of causal ones: the signs of an item's effects are flipped,
+    and the statistic is their t. That is what exchanging an item's two prompts comes to for attribution patching (both)
+    and patching, and exchanging which of its two answers is called memorized for integrated gradients and ablation;
+    with a ``metric`` of one's own the null is that effects are symmetric about 0. ``p_family`` refers each neuron to
+    the largest abs(t) over all neurons (max-T; Westfall and Young 1993), ``q`` is Benjamini-Hochberg over the site.
+    The papers test nothing.
+
+    ``ci95`` is a percentile bootstrap of ``score`` (Efron and Tibshirani 1993, sec. 13.3): items are drawn anew with
+    replacement, all pairs of one together, and the score is made of the pairs drawn. A causal method's effects are
+    found once, what stands for ablated neurons included, and take 8 bytes a neuron and resample. 1,000 resamples of 200
+    pairs, 12 layers and 768 neurons take half a second to a second of one core, with ``"auroc"`` five seconds; with
+    ``"probe_weights"`` each layer's probe is fitted anew for each, in two minutes.
 
     Args:
         source: Activations recorded by `record`, or a lens model, left without hooks also after an exception.
@@ -135,6 +131,7 @@ def attribute(
         method: One of the above.
         split: Pairs to score on; ``"select"`` keeps ``tune`` and ``test`` untouched. None = all pairs.
         n_permutations: Sign flips, at least 1,000; p-values are at least ``1 / (n_permutations + 1)``. 0 = no test.
+        n_resamples: Bootstrap resamples for ``ci95``, at least 100; 1,000 are usual. 0 = no intervals.
         seed: Seed of the sign flips, and of what is resampled.
         metric: With a causal method, in place of the contrast: a function of logits ``[row, d_vocab]`` behind the
             prompts and the rows' items, that gives one number a row; by torch, so that gradients pass.
@@ -149,83 +146,56 @@ def attribute(
 
     Returns:
         Scores ``[layer, neuron]``, in float64: ``score`` by the method, ``nmd`` and ``rho`` always; ``p``, ``p_family``
-        and ``q`` are nan where no test was asked for.
+        and ``q`` are nan where no test was asked for, ``ci95`` is None where no intervals were.
 
     Raises:
         SiteError: The site is unknown, was not recorded, or lies where a prompt's last token does not pass.
         PairsError: The split holds fewer than 8 pairs, or a pair lacks an answer.
         ModelError: The metric cannot be used.
-        SettingsError: Fewer than 1,000 permutations, groups of another shape, what makes no call, or an argument that
-            the method does not use.
+        SettingsError: Fewer than 1,000 permutations or 100 resamples, groups of another shape, what makes no call, or
+            an argument that the method does not use.
     """
     require_permutations(CALL, n_permutations)
-    _require_used(method, metric=metric, baseline=baseline, n_steps=n_steps, groups=groups)
+    require_resamples(CALL, n_resamples)
+    require_used(CALL, method, metric=metric, baseline=baseline, n_steps=n_steps, groups=groups)
+    counts = {"split": split, "n_permutations": n_permutations, "n_resamples": n_resamples}
     if isinstance(source, Activations):
-        twice = pairs is not None and site is not None
-        site = pairs if isinstance(pairs, str) else site
-        if twice or isinstance(pairs, PromptPairs) or site is None or method in CAUSAL:
-            raise _wrong_call(method, "recorded activations")
-        return _of_activations(source, site, method, split, n_permutations, seed)
-    if not isinstance(pairs, PromptPairs) or site is None:
-        raise _wrong_call(method, "a model")
+        site = site_of_activations(CALL, method, pairs, site)
+        return _of_activations(source, site, method, seed=seed, progress=progress, **counts)
+    pairs, site = pairs_and_site(CALL, method, pairs, site)
     if method not in CAUSAL:
         acts = record(source, pairs, [site], batch_size=batch_size, progress=progress)
-        return _of_activations(acts, site, method, split, n_permutations, seed)
-    how = {"split": split, "n_permutations": n_permutations, "seed": seed, "batch_size": batch_size or PROMPTS_AT_ONCE}
+        return _of_activations(acts, site, method, seed=seed, progress=progress, **counts)
+    how = how_to_run(metric, baseline, n_steps, groups, batch_size, seed, progress)
     with torch.inference_mode(False):  # where the caller keeps no gradients, ours are
-        return explained(
-            source,
-            pairs,
-            site,
-            method,
-            metric=metric,
-            baseline=baseline or "mean",
-            n_steps=n_steps or DEFAULT_STEPS,
-            groups=groups,
-            progress=progress,
-            **how,
-        )
+        return explained(source, pairs, site, method, how, **counts)
 
 
 def _of_activations(
-    acts: Activations, site: str, method: Any, split: PairSplit | None, n_permutations: int, seed: int
+    acts: Activations,
+    site: str,
+    method: Any,
+    *,
+    split: PairSplit | None,
+    n_permutations: int,
+    n_resamples: int,
+    seed: int,
+    progress: bool,
 ) -> NeuronScores:
-    recorded, item = acts.site(site), acts.pairs.item
+    recorded = acts.site(site)
     index = by_item(acts.pairs, pairs_of(acts.pairs, split, call=CALL))
+    places = places_of(acts.pairs, index)
     moments = PairMoments(n_permutations=n_permutations, seed=seed)
     for first in range(0, len(index), PAIRS_A_BLOCK):
         rows = index[first : first + PAIRS_A_BLOCK]
         mem, gen = recorded.memorized[rows], recorded.generalized[rows]
         require_finite(CALL, site, [mem, gen], acts.pairs.take(rows))
-        moments.add(mem, gen, item[rows])
-    shape = recorded.memorized.shape[1:]
-    scores = scores_of(site, moments, shape, count_items(acts.pairs, index))
-    return replace(scores, method=method, score=observed(method, recorded, index, moments))
-
-
-def _require_used(method: str, **given: Any) -> None:
-    """Refuse what a method would ignore."""
-    users: dict[str, tuple[str, ...]] = {
-        "metric": CAUSAL,
-        "baseline": ("ablation",),
-        "n_steps": ON_A_PATH,
-        "groups": EXACT,
-    }
-    for name, value in given.items():
-        if value is not None and method not in users[name]:
-            raise SettingsError(
-                f"{CALL}({name}=...)",
-                expected=f"method={' or '.join(map(repr, users[name]))}",
-                received=f"method={method!r}, which does not use it",
-                fix=f"Leave {name} out, or choose another method.",
-            )
-
-
-def _wrong_call(method: str, given: str) -> SettingsError:
-    needed = "attribute(model, pairs, site" if method in CAUSAL or given == "a model" else "attribute(acts, site"
-    return SettingsError(
-        CALL,
-        expected=f"{needed}, method={method!r})",
-        received=f"{given}, and other arguments than these",
-        fix="Causal methods run the model: give it and its pairs. Recorded activations have pairs of their own.",
-    )
+        moments.add(mem, gen, places[first : first + PAIRS_A_BLOCK])
+    scores = scores_of(site, moments, recorded.memorized.shape[1:], int(places[-1]) + 1)
+    ci95 = None
+    if n_resamples:
+        n_fits = n_resamples * len(scores.rho) if method == "probe_weights" else 0
+        with progress_bar(n_fits, "fitting resampled probes", shown=progress and n_fits > 0) as bar:
+            how = {"seed": seed, "fitted": bar.update}
+            ci95 = observed_ci95(method, recorded, index, places, moments.constant, n_resamples, **how)
+    return replace(scores, method=method, score=observed(method, recorded, index, moments), ci95=ci95)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from memgen_lens.analysis.attribution.bootstrap import Bootstrap, require_resamples
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.recording.finite import EMBEDDING
 from memgen_lens.analysis.recording.reading import recorded_blocks
@@ -31,6 +32,7 @@ PAIRS_A_BLOCK = 1024
     sites=kinds.Texts,
     split=kinds.PairSplitName | None,
     n_permutations=kinds.Number0,
+    n_resamples=kinds.Number0,
     seed=kinds.Seed,
     batch_size=kinds.Count | None,
     progress=kinds.Flag,
@@ -42,6 +44,7 @@ def attribute_streaming(
     *,
     split: PairSplit | None = "select",
     n_permutations: int = 1000,
+    n_resamples: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -49,7 +52,7 @@ def attribute_streaming(
     """`attribute` by correlation, straight from the model: one pass over the prompts, no activation kept.
 
     Memory does not grow with the pairs: each batch is merged into running moments and dropped. The permutation test
-    takes ``8 * n_permutations`` bytes a neuron.
+    takes ``8 * n_permutations`` bytes a neuron, the bootstrap ``24 * n_resamples``.
 
     Args:
         model: A HookedTransformer; left without hooks, also after an exception.
@@ -57,6 +60,7 @@ def attribute_streaming(
         sites: Sites to score; see `record`.
         split: See `attribute`.
         n_permutations: See `attribute`.
+        n_resamples: See `attribute`.
         seed: See `attribute`.
         batch_size: See `record`.
         progress: See `record`.
@@ -67,29 +71,38 @@ def attribute_streaming(
     Raises:
         SiteError: A site is unknown, or the model lacks it.
         PairsError: The split holds fewer than 8 pairs.
-        SettingsError: Fewer than 1,000 permutations.
+        SettingsError: Fewer than 1,000 permutations, or fewer than 100 resamples.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
     call = "attribute_streaming"
     require_permutations(call, n_permutations)
+    require_resamples(call, n_resamples)
     index = by_item(pairs, pairs_of(pairs, split, call=call))
-    scored, n_items = pairs.take(index), count_items(pairs, index)
-    if not n_permutations:
+    scored, places = pairs.take(index), places_of(pairs, index)
+    n_items = int(places[-1]) + 1
+    if not (n_permutations or n_resamples):
         # Means and correlations do not depend on who is whose partner: prompts that begin alike come together, so that
         # their beginnings are run once.
         by_text = {side: tuple(sorted(getattr(scored, side), key=_text)) for side in ("memorized", "generalized")}
         scored = replace(scored, **by_text)
     moments: dict[str, PairMoments] = {}
+    drawn: dict[str, Bootstrap] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for block in recorded_blocks(model, scored, sites, batch_size=batch_size, progress=progress, call=call):
-        items = scored.item[block.first : block.first + block.tokens.shape[1]]
+        items = places[block.first : block.first + block.tokens.shape[1]]
         for site, (mem, gen) in block.sides.items():
             if site == EMBEDDING:
                 continue
             shapes[site] = mem.shape[1:]
             running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
             running.add(mem, gen, items)
-    return {site: scores_of(site, running, shapes[site], n_items) for site, running in moments.items()}
+            drawn.setdefault(site, Bootstrap(n_resamples, n_items, seed=seed, method="pearson")).add(mem, gen, items)
+    return {
+        site: replace(
+            scores_of(site, running, shapes[site], n_items), ci95=drawn[site].ci95(running.constant, shapes[site])
+        )
+        for site, running in moments.items()
+    }
 
 
 def correlation(
@@ -133,9 +146,9 @@ def by_item(pairs: PromptPairs, index: Int[np.ndarray, " index"]) -> Int[np.ndar
     return index[np.argsort(pairs.item[index], kind="stable")]
 
 
-def count_items(pairs: PromptPairs, index: Int[np.ndarray, " index"]) -> int:
-    """How many items some pairs belong to."""
-    return len(np.unique(pairs.item[index]))
+def places_of(pairs: PromptPairs, index: Int[np.ndarray, " index"]) -> Int[np.ndarray, " index"]:
+    """The place of each pair's item among the items that some pairs belong to."""
+    return np.unique(pairs.item[index], return_inverse=True)[1]
 
 
 def scores_of(

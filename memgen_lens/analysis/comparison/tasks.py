@@ -13,8 +13,8 @@ from scipy.stats import rankdata
 from sklearn.pipeline import Pipeline
 
 from memgen_lens.analysis.attribution.attribute import attribute
+from memgen_lens.analysis.attribution.resampled import weighted_rho
 from memgen_lens.analysis.attribution.streaming import correlation
-from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.analysis.probing.probes import fit_probes, score_probe
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.judge import Judge
@@ -234,7 +234,7 @@ def _resample(
     _, item = np.unique(pairs.item[index], return_inverse=True)
     n_items = int(item.max()) + 1
     counts = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=N_RESAMPLES)
-    return PairSums.of(*_sides(recorded, index)).rho(counts[:, item].astype(np.float64))
+    return weighted_rho(*_sides(recorded, index), item, counts.astype(np.float64))
 
 
 def _overlap(source: _Prepared, target: _Prepared, top_fraction: float) -> Overlap:

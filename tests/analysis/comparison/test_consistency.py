@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import fisher_exact, hypergeom, spearmanr
 
 import memgen_lens as mg
+from memgen_lens.analysis.attribution.resampled import weighted_rho
 from memgen_lens.analysis.attribution.streaming import correlation
-from memgen_lens.analysis.comparison.resampled import PairSums
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.files import to_json, with_nulls
@@ -100,20 +100,21 @@ def test_rho_of_a_half_is_that_of_its_pairs_alone():
     rng = np.random.default_rng(0)
     mem, gen = 50 + rng.normal(size=(2, 40, 7))
     mem[:, 3] = gen[:, 3] = 2.0
-    half = rng.random(40) < 0.5
-    signs = np.where(rng.random((1, 40)) < 0.5, -1.0, 1.0)
-    sums = PairSums.of(mem, gen)
-    assert np.allclose(sums.rho(half[None].astype(float))[0], correlation(mem[half], gen[half]), atol=1e-9)
-    swap = (signs[0] < 0)[:, None]
+    half, items = rng.random(40) < 0.5, rng.permutation(40)
+    signs = np.where(rng.random(40) < 0.5, -1.0, 1.0)
+    by_item = half[np.argsort(items)][None].astype(float)
+    assert np.allclose(weighted_rho(mem, gen, items, by_item)[0], correlation(mem[half], gen[half]), atol=1e-9)
+    swap = (signs < 0)[:, None]
     swapped = correlation(np.where(swap, gen, mem)[half], np.where(swap, mem, gen)[half])
-    assert np.allclose(sums.rho(half[None].astype(float), signs)[0], swapped, atol=1e-9)
+    found = weighted_rho(mem, gen, items, by_item, signs[np.argsort(items)][None])
+    assert np.allclose(found[0], swapped, atol=1e-9)
 
 
 def test_rho_of_weights_is_that_of_repeated_pairs():
     mem, gen = np.random.default_rng(3).normal(size=(2, 20, 5))
     counts = np.random.default_rng(4).multinomial(20, np.full(20, 1 / 20))
     repeated = correlation(np.repeat(mem, counts, axis=0), np.repeat(gen, counts, axis=0))
-    assert np.allclose(PairSums.of(mem, gen).rho(counts[None].astype(float))[0], repeated)
+    assert np.allclose(weighted_rho(mem, gen, np.arange(20), counts[None].astype(float))[0], repeated)
 
 
 def test_rank_correlations_are_scipys():
