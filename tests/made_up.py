@@ -6,6 +6,7 @@ import numpy as np
 
 from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
+from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, ModelResult
 from memgen_lens.core.position_records import PatchingMap, PositionProbes, PositionSteering, PositionTokens
 from memgen_lens.core.records import ProbeScores
 from memgen_lens.core.steering_records import SteeringSetting
@@ -141,3 +142,50 @@ def steered_by_position() -> PositionSteering:
     rate = np.linspace(0, 1, 4)
     series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), np.full(4, 24), np.full(4, 12))
     return PositionSteering(SETTING, series, series, series, position_tokens())
+
+
+def methods() -> MethodsBenchmark:
+    """Two methods and a random order on a planted model and on an ordinary one."""
+    counts, names = (1, 2, 4, 50), ("nmd", "pearson", "random")
+    models = tuple(
+        ModelResult(
+            name=f"run <{kind}>",
+            kind=kind,
+            task="inference",
+            seed=0,
+            site="post",
+            n_neurons=100,
+            n_planted=4 if kind == "planted" else 0,
+            recall=1.0,
+            heldout=0.95,
+            n=20,
+            n_items=20,
+            n_heldout=40,
+            counts=counts,
+            results=tuple(
+                MethodResult(
+                    method=name,
+                    n_pairs=30,
+                    seconds=0.5,
+                    memory_mb=None if name == "random" else 12.0,
+                    average_precision=0.9 - 0.4 * place if kind == "planted" else None,
+                    precision=0.75 if kind == "planted" else None,
+                    removed=(0.1, 0.5, 0.95, 1.0),
+                    kept=(1.0, 1.0, 0.98, 0.4),
+                    area=0.5,
+                    area_tune=0.4,
+                    steered=0.2,
+                    norm=1.0,
+                )
+                for place, name in enumerate(names)
+            ),
+            best="nmd",
+            random_removed=(0.0, 0.05, 0.1),
+            random_removed_high=(0.0, 0.1, 0.2),
+            n_random=40,
+            agreement=((1.0, 0.3), (0.3, 1.0)),
+            n_sufficient=4 if kind == "planted" else None,
+        )
+        for kind in ("planted", "ordinary")
+    )
+    return MethodsBenchmark(models)

@@ -76,6 +76,8 @@ def test_presets_are_listed_with_what_they_train(capsys):
     assert {line.split()[0] for line in lines[::2]} == {
         "quickstart",
         "inference",
+        "planted",
+        "distributed",
         "inference-cued",
         "ciphertext",
         "mixture",

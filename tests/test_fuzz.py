@@ -447,6 +447,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.steering_rates": lambda w: good(figures.steering_rates, table=w.table),
     "figures.split_half": lambda w: good(figures.split_half, result=made_up.halves()),
     "figures.seed_profiles": lambda w: good(figures.seed_profiles, result=made_up.seeds()),
+    "figures.method_ablation": lambda w: good(figures.method_ablation, benchmark=made_up.methods()),
+    "figures.method_agreement": lambda w: good(figures.method_agreement, benchmark=made_up.methods()),
+    "figures.method_recovery": lambda w: good(figures.method_recovery, benchmark=made_up.methods()),
     "figures.adapter_overlap": lambda w: good(figures.adapter_overlap, result=made_up.adapters()),
     "figures.task_overlap": lambda w: good(figures.task_overlap, result=made_up.tasks()),
     "figures.probe_transfer": lambda w: good(figures.probe_transfer, result=made_up.tasks()),
@@ -477,6 +480,16 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         force=False,
         **QUIET,
     ),
+    "benchmark_methods": lambda w: good(
+        mg.benchmark_methods,
+        runs=w.trained,
+        methods=["nmd"],
+        site="post",
+        exact_pairs=8,
+        seed=0,
+        device="cpu",
+        progress=False,
+    ),
     "dynamics": lambda w: good(
         mg.dynamics,
         run=w.trained,
@@ -503,6 +516,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
 }
 """By name, each public function and the arguments of a call; what is refused as it stands is in `REFUSED`."""
 REFUSED = (
+    "benchmark_methods",
     "consistency.across_tasks",
     "dynamics",
     "run_experiment",

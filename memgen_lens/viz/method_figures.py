@@ -14,7 +14,6 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.method_records import MethodsBenchmark, ModelResult
 from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, SITE_COLORS, at_least_one, drawn, themed
 
-KIND_COLORS = {"planted": SITE_COLORS[0], "distributed": SITE_COLORS[1], "ordinary": SITE_COLORS[2]}
 METHOD_COLORS = (
     *SITE_COLORS,
     *(BEHAVIOR_COLORS[name] for name in ("generalization", "memorization")),
@@ -162,8 +161,8 @@ def method_agreement(benchmark: MethodsBenchmark) -> go.Figure:
             hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
         )
     )
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(tickangle=-40)
+    figure.update_yaxes(title_text="method", autorange="reversed")
+    figure.update_xaxes(title_text="method", tickangle=-40)
     return themed(figure, f"Agreement of methods ({len(alike)} models)", height=220 + 30 * len(names))
 
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from unittest import mock
 
+import made_up
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -295,6 +296,9 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "probe_by_layer": figures.probe_by_layer(report),
         "learning_curve": figures.learning_curve(report),
         "neuron_activations": figures.neuron_activations(samples.neuron_record()),
+        "method_ablation": figures.method_ablation(made_up.methods()),
+        "method_agreement": figures.method_agreement(made_up.methods()),
+        "method_recovery": figures.method_recovery(made_up.methods()),
         "steering_rates": figures.steering_rates(table),
         "steering_sweep": figures.steering_sweep(samples.sweep_rows()),
         "steering_by_layer": figures.steering_by_layer(samples.layer_rows()),
