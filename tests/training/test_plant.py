@@ -142,7 +142,7 @@ def rates(run: Any, neurons=None) -> tuple[float, float]:
 
 def test_zeroing_the_planted_neurons_ends_recall_and_leaves_the_rule(planted):
     recall, heldout = rates(planted)
-    assert recall >= 0.95 and heldout >= 0.9
+    assert recall >= 0.9 and heldout >= 0.85
     own = np.zeros((2, planted.model.cfg.d_mlp), dtype=bool)
     own[planted.config.plant.layer, list(planted.config.plant.neurons)] = True
     recall, heldout = rates(planted, own)
@@ -151,7 +151,7 @@ def test_zeroing_the_planted_neurons_ends_recall_and_leaves_the_rule(planted):
     drawn = np.random.default_rng(0).choice(np.flatnonzero(others), planted.config.plant.n, replace=False)
     as_many = np.zeros_like(own)
     as_many[planted.config.plant.layer, drawn] = True
-    assert rates(planted, as_many)[0] >= 0.9
+    assert rates(planted, as_many)[0] >= 0.8
 
 
 @either_kind
