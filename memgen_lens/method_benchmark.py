@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
-from memgen_lens.analysis import attribute
+from memgen_lens.analysis import attribute, record
 from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, Method, Observational
 from memgen_lens.analysis.steering.ranked import (
     Subject,
@@ -31,7 +31,7 @@ from memgen_lens.core.config import Plant
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.files import read_json
 from memgen_lens.core.items import same_items
-from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, ModelResult
+from memgen_lens.core.method_records import CONTROLS, MethodResult, MethodsBenchmark, ModelResult
 from memgen_lens.core.peak_memory import peak_memory
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import NeuronScores
@@ -74,7 +74,9 @@ def benchmark_methods(
     and accuracy on held-out prompts are asked again. Where recall was planted (`memgen_lens.Plant`), the order is held
     against the planted neurons too. The first 5 % of neurons are shifted as `Steering` shifts them, by a shift of the
     same norm for all methods, whatever the sizes of their neurons' differences. What is chosen (the best method, the
-    norm) is chosen on ``tune`` and validation prompts. `ModelResult.verdict` says whether few neurons recall.
+    norm) is chosen on ``tune`` and validation prompts. Beside the methods stand a random order, and one by the spread
+    of each neuron's activation, whatever the label: planted neurons are few that do much, and so large.
+    `ModelResult.verdict` says whether few neurons recall.
 
     Args:
         runs: Runs of `train` or `finetune`, or their directories.
@@ -94,7 +96,7 @@ def benchmark_methods(
     several = [runs] if isinstance(runs, TrainingRun | str | Path) else list(runs)
     methods = METHODS if methods is None else tuple(dict.fromkeys(methods))
     found = []
-    with progress_bar(len(several) * (len(methods) + 1), "benchmark", shown=progress) as bar:
+    with progress_bar(len(several) * (len(methods) + 1), "benchmark", shown=progress, unit="method") as bar:
         for name, model, task, settings in (_opened(run, device) for run in several):
             subject = Subject.of(model, task, site, seed=seed)
             plant = Plant(**settings["plant"]) if settings.get("plant") else None
@@ -166,9 +168,11 @@ def _result(
 ) -> ModelResult:
     rng = np.random.default_rng(seed)
     shape = scored[0].scores.score.shape
-    noise = replace(scored[0].scores, method="random", score=rng.random(shape))
-    everyone = [*scored, _Scored(noise, 0.0, None)]
-    counts = counts_of(noise.score.size)
+    unlabelled = {"activation_std": _spread(subject), "random": rng.random(shape)}
+    controls = [replace(scored[0].scores, method=name, score=unlabelled[name]) for name in CONTROLS]
+    everyone = [*scored, *(_Scored(scores, 0.0, None) for scores in controls)]
+    n_neurons = controls[0].score.size
+    counts = counts_of(n_neurons)
     planted = _planted(plant, subject.site, shape)
     before = {split: subject.rates(split) for split in ("tune", "test")}
     results = [_judged(subject, one, counts, planted, before) for one in everyone]
@@ -182,7 +186,7 @@ def _result(
         task=subject.task.name,
         seed=trained,
         site=subject.site,
-        n_neurons=noise.score.size,
+        n_neurons=n_neurons,
         n_planted=int(planted.sum()),
         recall=before["test"][0],
         heldout=before["test"][1],
@@ -198,6 +202,13 @@ def _result(
         agreement=_agreement(strengths),
         n_sufficient=_sufficient(results[best].removed, results[best].kept, counts, high),
     )
+
+
+def _spread(subject: Subject) -> Float[np.ndarray, "layer neuron"]:
+    """Standard deviation of each activation over both prompts of the ``select`` pairs: no label is looked at."""
+    pairs = subject.pairs.take(subject.pairs.of("select"))
+    recorded = record(subject.model, pairs, [subject.site], progress=False).site(subject.site)
+    return np.concatenate([recorded.memorized, recorded.generalized]).std(0, dtype=np.float64)
 
 
 def _judged(

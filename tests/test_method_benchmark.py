@@ -28,7 +28,7 @@ def test_a_method_finds_the_planted_neurons_and_random_order_does_not(found):
     (model,) = found.models
     assert (model.kind, model.n_planted, model.n_neurons) == ("planted", 12, 512)
     by_name = {result.method: result for result in model.results}
-    assert [*by_name] == [*METHODS, "random"]
+    assert [*by_name] == [*METHODS, "activation_std", "random"]
     finders = [by_name[method] for method in ("nmd", "attribution_patching", "integrated_gradients")]
     assert all(result.average_precision >= 0.7 for result in finders)  # which is best hangs on rounding in training
     assert max(result.average_precision for result in finders) >= 0.9
@@ -43,6 +43,18 @@ def test_correlation_orders_neurons_that_matter_little_first(found):
     (model,) = found.models
     by_name = {result.method: result for result in model.results}
     assert by_name["pearson"].average_precision < by_name["nmd"].average_precision - 0.3
+
+
+def test_the_control_of_size_looks_at_no_label(found, planted):
+    (model,) = found.models
+    pairs = mg.collect_pairs(planted.model, planted.task, seed=0, progress=False)
+    acts = mg.record(planted.model, pairs.take(pairs.of("select")), ["post"], progress=False).site("post")
+    spread = np.concatenate([acts.generalized, acts.memorized]).std(0)
+    truth = np.zeros_like(spread, dtype=bool)
+    truth[1, :12] = True
+    result = next(result for result in model.results if result.method == "activation_std")
+    assert result.average_precision == pytest.approx(average_precision_score(truth.ravel(), spread.ravel()))
+    assert model.best not in ("activation_std", "random") and len(model.agreement) == len(METHODS)
 
 
 def test_figures_of_a_method_are_those_computed_by_hand(found, planted):

@@ -17,6 +17,9 @@ FILE = "methods.json"
 Kind = Literal["planted", "distributed", "ordinary"]
 FEW = 0.05
 """Share of a site's neurons that counts as few."""
+CONTROLS = ("activation_std", "random")
+"""Orders that know nothing of the behaviours: by the spread of a neuron's activation over both prompts of all pairs,
+which is what large neurons alone would get, and at random."""
 FIGURES = ("average_precision", "precision", "area", "removed_by_few", "kept_by_few", "steered", "seconds", "memory_mb")
 
 
@@ -25,7 +28,7 @@ class MethodResult:
     """What one method says of one model, and what comes of it.
 
     Attributes:
-        method: Name; ``"random"`` is a random order of the neurons.
+        method: Name, or one of `CONTROLS`.
         n_pairs: Pairs that it was given (exact methods: fewer).
         seconds: Time of the call, activations and answers included, without permutation test.
         memory_mb: How far the memory of the process grew during the call at most, in MB; None where nobody can tell.
@@ -73,13 +76,13 @@ class ModelResult:
         n_heldout: Held-out prompts.
         counts: Numbers of neurons that are zeroed together, rising.
         results: One a method.
-        best: The method with the largest ``area_tune``, the random order aside.
+        best: The method with the largest ``area_tune``, controls aside.
         random_removed: For each count of at most 5 % of the neurons, the mean share of recall that random sets lose
             which have as many neurons in each layer as the best method's first.
         random_removed_high: The 97.5th percentile over these sets.
         n_random: How many sets.
         agreement: Spearman's correlation of the strength that each two methods give to the neurons, in the order of
-            ``results``, the random order left out.
+            ``results``, controls left out.
         n_sufficient: Neurons whose zeroing ends recall by the rule of `verdict`; None where there is no such number.
     """
 

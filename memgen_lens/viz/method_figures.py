@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.method_records import MethodsBenchmark, ModelResult
+from memgen_lens.core.method_records import CONTROLS, MethodsBenchmark, ModelResult
 from memgen_lens.viz.theme import BEHAVIOR_COLORS, INK, MUTED, SHARE_AXIS, SITE_COLORS, at_least_one, drawn, themed
 
 METHOD_COLORS = (
@@ -88,7 +88,7 @@ def method_ablation(benchmark: MethodsBenchmark) -> go.Figure:
         for place, method in enumerate(dict.fromkeys(result.method for result in alike[0].results)):
             found = [next(r for r in model.results if r.method == method) for model in alike]
             line = {
-                "color": INK if method == "random" else METHOD_COLORS[place % len(METHOD_COLORS)],
+                "color": INK if method in CONTROLS else METHOD_COLORS[place % len(METHOD_COLORS)],
                 "dash": DASHES[place // len(METHOD_COLORS) % len(DASHES)],
                 "width": 1.6,
             }
@@ -140,11 +140,11 @@ def method_agreement(benchmark: MethodsBenchmark) -> go.Figure:
         benchmark: At least one model; all with the same methods as the first are shown.
     """
     at_least_one(benchmark.models, "method_agreement", "model")
-    names = [result.method for result in benchmark.models[0].results if result.method != "random"]
+    names = [result.method for result in benchmark.models[0].results if result.method not in CONTROLS]
     alike = [
         np.array(model.agreement)
         for model in benchmark.models
-        if [result.method for result in model.results if result.method != "random"] == names
+        if [result.method for result in model.results if result.method not in CONTROLS] == names
     ]
     mean = np.mean(alike, axis=0)
     figure = go.Figure(

@@ -195,7 +195,7 @@ def _of_activations(
     ci95 = None
     if n_resamples:
         n_fits = n_resamples * len(scores.rho) if method == "probe_weights" else 0
-        with progress_bar(n_fits, "fitting resampled probes", shown=progress and n_fits > 0) as bar:
+        with progress_bar(n_fits, "fitting resampled probes", shown=progress and n_fits > 0, unit="probe") as bar:
             how = {"seed": seed, "fitted": bar.update}
             ci95 = observed_ci95(method, recorded, index, places, moments.constant, n_resamples, **how)
     return replace(scores, method=method, score=observed(method, recorded, index, moments), ci95=ci95)
