@@ -5,17 +5,9 @@ Does not run them: see `memgen_lens.experiment`.
 
 from pydantic import Field, model_validator
 
-from memgen_lens.core.config import (
-    MAX_SEED,
-    AnalysisConfig,
-    AnyTraining,
-    FinetuneConfig,
-    ModelConfig,
-    Plant,
-    Settings,
-    TrainConfig,
-)
+from memgen_lens.core.config import AnalysisConfig, AnyTraining, FinetuneConfig, ModelConfig, Plant, TrainConfig
 from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.settings import MAX_SEED, Settings
 from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference, Mixture
 
 

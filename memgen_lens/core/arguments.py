@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened
 from memgen_lens.core.files import user_path
+from memgen_lens.core.settings import MAX_SEED
 from memgen_lens.core.types import Direction, FittedKind, Mode, Positions, Split
 
 MADE_BY = {

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 from pydantic import Field, model_validator
 
-from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item
+from memgen_lens.core.settings import MAX_SEED
 from memgen_lens.core.types import Split
 from memgen_lens.tasks.task import Task
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import MemgenError, TaskError, shortened
 from memgen_lens.core.items import Item, TrainingText
+from memgen_lens.core.settings import MAX_SEED
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.check_tokens import Refuse, check_tokens, require_distinct_beginnings
 from memgen_lens.tasks.task import SPLITS, Task

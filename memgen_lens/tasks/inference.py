@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item, TrainingText
+from memgen_lens.core.settings import MAX_SEED
 from memgen_lens.core.types import Split
 from memgen_lens.tasks.stories import Stories, Story
 from memgen_lens.tasks.task import Task

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 from pydantic import Field, model_validator
 
-from memgen_lens.core.config import MAX_SEED
 from memgen_lens.core.errors import TaskError, suggest
 from memgen_lens.core.items import Item, TrainingText
+from memgen_lens.core.settings import MAX_SEED
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.task import SPLITS, AnyTask, Task
 

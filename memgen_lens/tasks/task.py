@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import numpy as np
 from pydantic import BeforeValidator, PlainSerializer
 
-from memgen_lens.core.config import Settings
 from memgen_lens.core.errors import TaskError, suggest
 from memgen_lens.core.items import Item, TrainingText
+from memgen_lens.core.settings import Settings
 from memgen_lens.core.types import Behavior, Split
 from memgen_lens.tasks.tokenizer import EOS, build_tokenizer, longest
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memgen_lens.core.config import Settings
 from memgen_lens.core.errors import MemgenError, SettingsError, TaskError
 from memgen_lens.core.items import Item
+from memgen_lens.core.settings import Settings
 from memgen_lens.core.types import Behavior
 from memgen_lens.tasks import Addition, Task
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import bridges
 import helpers
 import numpy as np
 import pytest
@@ -176,6 +177,22 @@ def test_zeroed_neurons_are_zero_at_every_position_whoever_runs_the_model(native
     with zeroed(model, "resid_post", np.ones((3, 24), dtype=bool)):
         assert model(tokens).std(1).max() < 1e-5  # nothing is left of the prompt
     assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+def test_zeroed_neurons_of_a_pretrained_model_are_those_of_its_own_layers(kind):
+    """Against transformers' own model of the same weights, hooked where the neurons enter the layers behind them."""
+    model, plain = bridges.bridge(kind), bridges.hugging_face(kind)
+    tokens = torch.tensor([[5, 9, 11, 3]])
+    neurons = np.random.default_rng(0).random((model.cfg.n_layers, model.cfg.d_mlp)) < 0.3
+    before = model(tokens)
+    outward = [layer for name, layer in plain.named_modules() if name.endswith(("mlp.down_proj", "mlp.c_proj"))]
+    for layer, mask in zip(outward, torch.from_numpy(neurons), strict=True):
+        layer.register_forward_pre_hook(lambda _, given, mask=mask: (given[0].masked_fill(mask, 0),))
+    with zeroed(model, "post", neurons):
+        torch.testing.assert_close(model(tokens), plain(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(tokens), before)
+    assert not torch.allclose(before, plain(tokens).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import memgen_lens as mg
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
-from memgen_lens.core.files import read_jsonl, write_jsonl
+from memgen_lens.core.files import read_json, read_jsonl, write_json, write_jsonl
 from memgen_lens.training.checkpoints import list_checkpoints
 from memgen_lens.training.trainer import train
 
@@ -252,3 +252,16 @@ def test_settings_that_are_gone_or_damaged_end_in_an_error_of_ours_rather_than_i
     settings.unlink()
     with pytest.raises(MemgenError):
         resume(out, model=mg.ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=64))
+
+
+def test_a_run_begun_before_there_was_a_setting_goes_on_with_its_default(uncut, tmp_path):
+    out = cut_at(30, uncut, tmp_path / "run")
+    settings = out / "checkpoints" / "settings.json"
+    written = read_json(settings)
+    del written["train"]["plant"]
+    write_json(settings, written)
+    resume(out)
+    assert_same_run(out, uncut)
+    write_json(settings, written)
+    with pytest.raises(RunDirectoryError, match=r"train\.plant was None, now"):
+        resume(out, plant=mg.Plant(neurons=(1,)))
