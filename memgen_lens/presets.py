@@ -117,7 +117,7 @@ _INFERENCE = ExperimentConfig(
 _PLANTED = _INFERENCE.but(
     preset="planted",
     about="stories that give two names a colour each; recall is put into 16 MLP neurons of the last block",
-    measured="about 3 minutes on two CPU cores beside other jobs (2026-11-27)",
+    measured="about 80 s on two CPU cores with bfloat16 (2026-11-27)",
     task=InContextInference(n_facts=2, n_names=6, n_memorized=60, n_heldout=150, n_validation=100, n_rephrasings=1),
     train=_INFERENCE.train.but(
         model=ModelConfig(n_layers=2, d_model=128, n_heads=4, d_mlp=512, act_fn="relu"),
