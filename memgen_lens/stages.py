@@ -27,6 +27,8 @@ from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
 from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
 from memgen_lens.presets import ExperimentConfig
 
+N_RESAMPLES = 1000
+"""Bootstrap resamples behind the interval of each score."""
 N_LOOKED_AT = 3
 """Neurons that the report shows one by one."""
 
@@ -41,7 +43,8 @@ def find_and_predict(
     analysis = config.analysis
     say(f"scoring neurons of {', '.join(acts.sites)}")
     scores = {
-        site: attribute(acts, site, n_permutations=analysis.n_permutations, seed=config.seed) for site in acts.sites
+        site: attribute(acts, site, n_permutations=analysis.n_permutations, n_resamples=N_RESAMPLES, seed=config.seed)
+        for site in acts.sites
     }
     for score in scores.values():
         score.save(directory / "scores")

@@ -98,7 +98,20 @@ class Blocks:
         z = attend(qkv.view(len(x), 3, cfg.n_heads, cfg.d_head))
         if rows is not None:
             x = torch.index_select(x, 0, rows, out=self.buffer("rows", len(rows), cfg.d_model))
-        out = self.buffer(f"residual {layer % 2}", len(x), cfg.d_model)
+        return self.behind(layer, x, z, taps)
+
+    def behind(
+        self, layer: int, x: Float[Tensor, "row d_model"], z: Float[Tensor, "row width"], taps: Taps
+    ) -> Float[Tensor, "row d_model"]:
+        """One block behind its attention.
+
+        Args:
+            layer: Which.
+            x: The residual stream before the block.
+            z: What its heads give.
+            taps: Looks and hands at sites.
+        """
+        out = self.buffer(f"residual {layer % 2}", len(x), self.cfg.d_model)
         for piece in _pieces(len(x), self.smallest):
             out[piece] = self._behind_attention(layer, x[piece], z[piece], piece.start, taps)
         return out

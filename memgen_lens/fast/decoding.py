@@ -6,7 +6,7 @@ and above, the rows of one prompt attend together to the keys and values that th
 interventions are for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -141,7 +141,7 @@ class _State:
             tokens.shape[1],
             copies,
             keys_and_values(blocks, tokens[:, :-1]),
-            *_where_copies_part(intervention, blocks.cfg.n_layers),
+            *where_copies_part(intervention.changes, blocks.cfg.n_layers),
             row=row,
             rows=_Sequences(row // copies),
             nodes=_Sequences(torch.arange(len(tokens), device=tokens.device)),
@@ -201,9 +201,9 @@ class _State:
         return z if spread is None else z.index_select(0, spread)
 
 
-def _where_copies_part(intervention: Intervention, n_layers: int) -> tuple[int, bool]:
+def where_copies_part(changes: Mapping[str, Change], n_layers: int) -> tuple[int, bool]:
     """The first layer in which something is changed, and whether that is before its attention."""
-    sites = sorted((int(name.split(".")[1]), BLOCK_SITES.index(name.split(".", 2)[2])) for name in intervention.changes)
+    sites = sorted((int(name.split(".")[1]), BLOCK_SITES.index(name.split(".", 2)[2])) for name in changes)
     if not sites:
         return n_layers, False
     layer, site = sites[0]

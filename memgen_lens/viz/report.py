@@ -98,6 +98,9 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
         yield f"nmd-{scores.site}", figures.nmd_heatmap(scores)
     if run.scores:
         yield "rho", figures.rho_by_layer(run.scores)
+        ranked = [scores for scores in run.scores if np.isfinite(scores.score).any()]
+        if ranked:
+            yield "top-neurons", figures.top_neurons(ranked[:2], top=15)
     for number, neuron in enumerate(run.neurons):
         yield f"neuron-{number}", figures.neuron_activations(neuron)
     if run.probes is not None:

@@ -4,7 +4,7 @@ Prompts are run up to their last token once; what follows is run as often as the
 intervene.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from memgen_lens.core.errors import ModelError
 from memgen_lens.core.items import Item
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.types import LensModel
-from memgen_lens.fast.support import require_room
+from memgen_lens.fast.decoding import Change, can_change
+from memgen_lens.fast.forced import Forced
+from memgen_lens.fast.support import is_plain, require_room
 from memgen_lens.models.cache import Past
 from memgen_lens.models.step import keeps_past, last_logits, rows_at_once, run_before
 from memgen_lens.models.tokens import in_batches
@@ -25,6 +27,7 @@ from memgen_lens.models.tokens import in_batches
 Metric = Callable[[Tensor, Sequence[Item]], Tensor]
 """A user's own quantity: logits ``[row, d_vocab]`` behind the prompts, and the rows' items -> one number a row."""
 Hooks = list[tuple[Any, Callable[..., Any]]]
+Values = Float[Tensor, "copy batch"]
 TOKENS_AT_ONCE = 16_384
 """Tokens of one forward pass."""
 
@@ -109,7 +112,7 @@ class Contrast:
         """Rows whose logits and cache stay within bounds."""
         return rows_at_once(self.model, length + n_tokens, cached=keeps_past(self.model), n=n_tokens)
 
-    def of(self, asked: Asked, hooks: Hooks = [], *, copies: int = 1) -> Float[Tensor, "copy batch"]:  # noqa: B006  (never changed)
+    def of(self, asked: Asked, hooks: Hooks = [], *, copies: int = 1) -> Values:  # noqa: B006  (never changed)
         """The quantity at prompts, each in as many copies, under hooks.
 
         Hooks see rows ``[copy, answer, batch]`` flattened, with one or both answers, and the positions that are run:
@@ -130,12 +133,29 @@ class Contrast:
             past = asked.past.repeated(n_answers * copies, room=n_tokens)
         with self.model.hooks(fwd_hooks=hooks):
             logits = last_logits(self.model, tokens, mask, past, n=n_tokens).float()
+        return self._of_logits(asked, logits.unflatten(0, (copies, n_answers, len(asked.index))))
+
+    def forced(self, asked: Asked, hooks: Sequence[str]) -> Forced | None:
+        """Prompts and answers for runs in which little is changed; None where these need the model's own forward."""
+        if not (is_plain(self.model) and can_change(list(hooks)) and bool(asked.mask.all())):
+            return None
+        n_answers, n_tokens = self._rows(asked)
+        return Forced(self.model, asked.tokens, asked.answers[:n_answers, :, : n_tokens - 1])
+
+    def changed(self, asked: Asked, forced: Forced, changes: Mapping[str, Change], copies: int) -> Values:
+        """The quantity under changes at the answer position, but for what is the same in all copies."""
+        return self._of_logits(asked, forced.changed(changes, copies))
+
+    def _of_logits(self, asked: Asked, logits: Float[Tensor, "copy answer batch pos d_vocab"]) -> Values:
+        """The quantity from logits at the answer's positions; where there is one of them, from the first tokens."""
+        copies, n_tokens = len(logits), logits.shape[3]
         if self.metric is not None:
-            return _numbers(self.metric(logits[:, -1], asked.items * copies), copies, len(asked.index))
-        logits = logits.unflatten(0, (copies, n_answers, len(asked.index)))
+            last = logits[:, 0, :, -1].flatten(0, 1)
+            return _numbers(self.metric(last, asked.items * copies), copies, len(asked.index))
         if n_tokens == 1:  # both answers behind the same position: what is common to both falls out
-            first = [logits[:, 0, :, 0].gather(-1, ids[None].expand(copies, -1, -1))[..., 0] for ids in asked.answers]
-            return first[0] - first[1]
+            ids = asked.answers[:, None, :, :1].expand(-1, copies, -1, -1)
+            memorized, rule = (logits[:, 0, :, 0].gather(-1, each)[..., 0] for each in ids)
+            return memorized - rule
         wanted = asked.answers[None, ..., None].expand(copies, -1, -1, -1, -1)
         said = logits.gather(-1, wanted)[..., 0] - logits.logsumexp(-1)
         both = (said * asked.counts).sum(-1)
@@ -147,7 +167,7 @@ class Contrast:
         return (1, 1) if self.metric is not None or longest == 1 else (2, longest)
 
 
-def _numbers(values: Any, copies: int, batch: int) -> Float[Tensor, "copy batch"]:
+def _numbers(values: Any, copies: int, batch: int) -> Values:
     if not isinstance(values, Tensor) or values.shape != (copies * batch,):
         received = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ModelError(

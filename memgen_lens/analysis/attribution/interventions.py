@@ -5,11 +5,12 @@ know pairs nor scores.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memgen_lens.analysis.attribution.contrast import Asked, Contrast, Hooks
@@ -92,27 +93,47 @@ def changes(
         done: Told how many prompts have been run.
     """
     found, at_once = [], max(1, contrast.copies(asked) - 1)
+    forced = contrast.forced(asked, hooks)
     nothing = np.zeros_like(groups[0])
     for first in range(0, len(groups), at_once):
         some = groups[first : first + at_once]
         # What nothing changes is run with the others: a pass of another size would round otherwise.
         masks = torch.from_numpy(np.stack([nothing, *some])).to(values.device)  # [copy, layer, neuron]
         touched = masks.any(0).any(1).nonzero().flatten().tolist()
-
-        def put(layer: int, masks: Tensor = masks) -> Callable[..., Tensor]:
-            def change(activation: Tensor, hook: Any) -> Tensor:
-                rows = _answer_rows(str(hook.name), activation, asked)
-                own = rows.flatten(1).unflatten(0, (len(masks), -1, len(asked.index)))
-                new = torch.where(masks[:, None, None, layer], values[:, layer].to(own.dtype), own)
-                return _put(activation, new.flatten(0, 2).view_as(rows), asked)
-
-            return change
-
-        hooked: Hooks = [(hooks[layer], put(layer)) for layer in touched]
-        each = contrast.of(asked, hooked, copies=len(masks))
+        if forced is None:
+            hooked: Hooks = [(hooks[layer], _putting(masks[:, layer], values[:, layer], asked)) for layer in touched]
+            each = contrast.of(asked, hooked, copies=len(masks))
+        else:
+            taps = {hooks[layer]: partial(_mixed, masks[:, layer], values[:, layer]) for layer in touched}
+            each = contrast.changed(asked, forced, taps, len(masks))
         found.append(each[1:] - each[:1])
         done(len(some) * len(asked.index))
     return torch.cat(found).T
+
+
+def _putting(
+    mask: Bool[Tensor, "copy neuron"], values: Float[Tensor, "batch neuron"], asked: Asked
+) -> Callable[..., Tensor]:
+    """A hook that puts values in the place of each copy's neurons."""
+
+    def change(activation: Tensor, hook: Any) -> Tensor:
+        rows = _answer_rows(str(hook.name), activation, asked)
+        own = rows.flatten(1).unflatten(0, (len(mask), -1, len(asked.index)))
+        new = torch.where(mask[:, None, None], values.to(own.dtype), own)
+        return _put(activation, new.flatten(0, 2).view_as(rows), asked)
+
+    return change
+
+
+def _mixed(
+    mask: Bool[Tensor, "copy neuron"],
+    values: Float[Tensor, "batch neuron"],
+    rows: Float[Tensor, "row neuron"],
+    copy: Int[Tensor, " row"],
+    prompt: Int[Tensor, " row"],
+) -> Float[Tensor, "row neuron"]:
+    """The same without hooks, of rows whose copy and prompt are known."""
+    return torch.where(mask[copy], values[prompt].to(rows.dtype), rows)
 
 
 def _answer_rows(name: str, activation: Tensor, asked: Asked) -> Tensor:
