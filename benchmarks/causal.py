@@ -113,7 +113,11 @@ def ablation_by_hooks(every: int, small: bool = False) -> Run:
 
 
 def integrated_gradients() -> Run:
-    """Of the probability of the memorized answer's first token, on the memorized prompts; in units of the largest."""
+    """Of the probability of the memorized answer's first token, on the memorized prompts; timed with 20 points.
+
+    With so few either contender is off by 7 % of the largest score, as drawn weights make steep functions: what is
+    compared, in units of the largest, is what scores tend to.
+    """
     model, pairs = _model(), _pairs(N_KNOWN)
     token = {item.prompt: model.tokenizer.encode(str(item.memorized_answer))[0] for item in pairs.memorized}
 
@@ -121,15 +125,25 @@ def integrated_gradients() -> Run:
         wanted = torch.tensor([token[item.prompt] for item in items])
         return logits.softmax(-1).gather(1, wanted[:, None])[:, 0]
 
-    how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 20, "split": None, "n_permutations": 0}
-    return lambda: _scaled(mg.attribute(model, pairs, "pre", metric=probability, progress=False, **how).score)
+    how: dict[str, Any] = {"method": "integrated_gradients", "split": None, "n_permutations": 0, "progress": False}
+
+    def scores(n_steps: int) -> np.ndarray:
+        return mg.attribute(model, pairs, "pre", metric=probability, n_steps=n_steps, **how).score
+
+    limit = _scaled(scores(300))
+
+    def run() -> np.ndarray:
+        scores(20)
+        return limit
+
+    return run
 
 
 def knowledge_neurons() -> Run:
     """The package's scores, prompt by prompt, layer by layer; timed with its 20 steps.
 
-    It takes the mean over points that include both ends, which is off by a term of one over their number: what is
-    compared is what its scores with 200 and 400 points tend to.
+    It takes the mean over points that include both ends, which is off by a term of one over their number: 200 and 400
+    points tell what its scores tend to.
     """
     from knowledge_neurons.knowledge_neurons import KnowledgeNeurons
 
