@@ -32,9 +32,12 @@ MADE_BY = {
     "ProbeReport": "mg.fit_probes",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
     "Steering": "mg.Steering.from_scores or mg.Steering.from_activations",
+    "SteeringCost": "mg.steering_cost",
+    "SteeringObjective": "mg.SteeringObjective(...)",
     "SteeringTable": "mg.evaluate_steering",
     "SweepRow": "mg.sweep_steering",
     "TrainConfig": "mg.TrainConfig(...)",
+    "TunedSteering": "mg.tune_steering",
 }
 """Where a user gets what an argument takes."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +110,7 @@ OpenShare = Annotated[float, Field(gt=0, lt=1), _Number]
 Part = Annotated[float, Field(ge=0, lt=1), _Number]
 """A share that may be none."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Texts = Annotated[list[Text], _Several]
 Lines = Annotated[list[Text], _Several, BeforeValidator(_no_text)]
 """Texts that are refused where they are one."""
@@ -127,6 +131,7 @@ ModeName = Annotated[Literal["shift", "patch"], _Plain]
 """Modes for which nothing is fitted."""
 KindName = Annotated[FittedKind, _Plain]
 AnyModeName = Annotated[Mode, _Plain]
+AnyModeNames = Annotated[list[AnyModeName], _AtLeastOne, _Several]
 PositionsName = Annotated[Positions, _Plain]
 PositionsNames = Annotated[list[PositionsName], _AtLeastOne, _Several]
 

@@ -19,7 +19,7 @@ from memgen_lens.core.metrics import SCHEMA
 from memgen_lens.core.neuron_records import FILE as NEURONS
 from memgen_lens.core.neuron_records import NeuronRecord, load_neurons
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
-from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
+from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior, FittedKind
 
 T = TypeVar("T")
@@ -114,11 +114,11 @@ def read_run(directory: str | Path) -> RunContents:
         scores=_scores(directory, metrics.get("attribution") or {}),
         neurons=load_neurons(directory) if (directory / NEURONS).exists() else (),
         probes=_optional(directory / "probes.json", why["probe"], read_json, _probes),
-        sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
-        shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
-        patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
+        sweep=_rebuild(path, _each(SweepRow.from_json), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
+        shift=None if why["shift"] else _rebuild(path, SteeringTable.from_json, tables["shift"]),
+        patch=None if why["patch"] else _rebuild(path, SteeringTable.from_json, tables["patch"]),
         fitted={
-            kind: _rebuild(path, _table, steering[kind])
+            kind: _rebuild(path, SteeringTable.from_json, steering[kind])
             for kind in get_args(FittedKind)
             if not _why(steering.get(kind))
         },
@@ -184,27 +184,3 @@ def _probes(value: Any) -> ProbeReport:
 def _probe_scores(value: Any) -> ProbeScores:
     intervals = {name: tuple(value[name]) for name in ("auroc_ci95", "accuracy_ci95")}
     return ProbeScores(**{**value, **intervals})
-
-
-def _table(value: Any) -> SteeringTable:
-    return SteeringTable(
-        setting=SteeringSetting(**value["setting"]),
-        n_neurons_by_layer=tuple(value["n_neurons_by_layer"]),
-        to_generalization=_rates(value["to_generalization"]),
-        to_memorization=_rates(value["to_memorization"]),
-        side_effects=SideEffects(**value["side_effects"]),
-        predicted=value.get("predicted"),
-    )
-
-
-def _rates(value: Any) -> SteeringRates:
-    return SteeringRates(**{**value, "examples": tuple(value["examples"])})
-
-
-def _sweep_row(value: Any) -> SweepRow:
-    layers = value["layers"]
-    changed = {
-        "setting": SteeringSetting(**value["setting"]),
-        "layers": None if layers is None else tuple(layers),
-    }
-    return SweepRow(**{**value, **changed})

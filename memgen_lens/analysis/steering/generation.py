@@ -101,15 +101,11 @@ class _Asked:
 
     def completed(self) -> Iterator[Completed]:
         """Everything, in any order; steerings of one kind together."""
-        kinds: dict[tuple[str, Mode, int, Positions], list[int]] = {}
-        for i, steering in enumerate(self.steerings):
-            setting = steering.setting
-            kind = (setting.site, setting.mode, id(steering.source), setting.positions)
-            kinds.setdefault(kind, []).append(i)
         plain = self.use_cache and is_plain(self.model)
         fast, own = [], []
-        for (site, _, _, positions), members in kinds.items():
-            goes = plain and positions != "all" and can_change(site_hooks(self.model, site))
+        for members in alike(self.steerings):
+            setting = self.steerings[members[0]].setting
+            goes = plain and setting.positions != "all" and can_change(site_hooks(self.model, setting.site))
             (fast if goes else own).append(members)
         yield from self._fast(fast) if fast else ()
         yield from self._own(own) if own else ()
@@ -208,6 +204,16 @@ def completed_copies(
             past=None if past is None else past.repeated(copies, room=max_new_tokens),
             before=before,
         )
+
+
+def alike(steerings: Sequence[Steering]) -> list[list[int]]:
+    """Places of the steerings of each kind, which can ride in one batch."""
+    kinds: dict[tuple[str, Mode, int, Positions], list[int]] = {}
+    for i, steering in enumerate(steerings):
+        setting = steering.setting
+        kind = (setting.site, setting.mode, id(steering.source), setting.positions)
+        kinds.setdefault(kind, []).append(i)
+    return list(kinds.values())
 
 
 def in_blocks(members: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
