@@ -20,7 +20,7 @@ from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.steering_records import SweepRow
-from memgen_lens.core.types import Behavior, Direction, LensModel, Mode, Positions
+from memgen_lens.core.types import Ablation, Behavior, Direction, FittedKind, LensModel, Positions, ScoredMode
 from memgen_lens.models.guard import lens_model
 
 
@@ -33,8 +33,9 @@ from memgen_lens.models.guard import lens_model
     alphas=kinds.Positives,
     layers=kinds.several(kinds.Layers | None),
     positions=kinds.PositionsNames,
-    mode=kinds.AnyModeName,
+    mode=kinds.SweptModeName,
     source=kinds.one(Activations) | None,
+    how=kinds.AblationName | None,
     sizes=kinds.several(kinds.Count) | None,
     seed=kinds.Seed,
     split=kinds.PairSplitName,
@@ -52,8 +53,9 @@ def sweep_steering(
     alphas: Sequence[float] = (2.0,),
     layers: Sequence[Sequence[int] | None] = (None,),
     positions: Sequence[Positions] = ("answer",),
-    mode: Mode = "shift",
+    mode: ScoredMode | FittedKind = "shift",
     source: Activations | None = None,
+    how: Ablation | None = None,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
     split: PairSplit = "tune",
@@ -71,13 +73,14 @@ def sweep_steering(
         pairs: Prompt pairs.
         scores: Scores of one site or of several.
         top_fractions: Fractions of a site's neurons, each in (0, 1].
-        alphas: Multiples of abs(nmd), or of what a fitted rule says, each above 0; not used in patch mode.
+        alphas: Strengths, each above 0; not used where neurons are set to values (clamp, ablate, patch).
         layers: Layer restrictions to try; None = all layers (of a fitted rule: the one layer that it chooses).
         positions: Positions to try; patch mode has ``"prompt"`` only.
-        mode: ``"shift"``, ``"patch"``, ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
-        source: Recorded activations; all modes but ``"shift"`` need them.
+        mode: A mode of `Steering.from_scores`, or ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
+        source: Recorded activations; `Steering.from_scores` says which modes need them, fitted rules do.
+        how: Of an ablation, what neurons are set to.
         sizes: Numbers of clusters or ranks to try of a fitted rule. Default: that of `Steering.from_activations`.
-        seed: Seed of k-means.
+        seed: Seed of k-means, and of what is resampled.
         split: Pairs to sweep on.
         batch_size: Rows in one forward pass.
         use_cache: Keep keys and values while generating.
@@ -92,11 +95,13 @@ def sweep_steering(
         SiteError: ``source`` lacks a site.
     """
     sites = [scores] if isinstance(scores, NeuronScores) else scores
+    if mode in ("clamp", "ablate", "patch"):
+        alphas = (1.0,)
     if mode == "patch":
-        alphas, positions = (1.0,), ("prompt",)
+        positions = ("prompt",)
     combinations = [
         (of(fraction, alpha, chosen, position), None if chosen is None else tuple(chosen))
-        for of in _makers(sites, mode, source, sizes, seed)
+        for of in _makers(sites, mode, source, how, sizes, seed)
         for position in positions
         for chosen in layers
         for fraction in top_fractions
@@ -155,12 +160,17 @@ _Make = Callable[[float, float, Sequence[int] | None, Positions], Steering]
 
 
 def _makers(
-    sites: Sequence[NeuronScores], mode: Mode, source: Activations | None, sizes: Sequence[int] | None, seed: int
+    sites: Sequence[NeuronScores],
+    mode: ScoredMode | FittedKind,
+    source: Activations | None,
+    how: Ablation | None,
+    sizes: Sequence[int] | None,
+    seed: int,
 ) -> Iterator[_Make]:
     """What makes the steerings of each site and size; a rule is fitted once for all of them."""
-    if mode == "shift" or mode == "patch":
+    if mode != "clusters" and mode != "low_rank":
         for score in sites:
-            yield partial(_plain, score, mode, source)
+            yield partial(_plain, score, {"mode": mode, "source": source, "how": how, "seed": seed})
         return
     if source is None:
         raise SettingsError(
@@ -177,14 +187,13 @@ def _makers(
 
 def _plain(
     score: NeuronScores,
-    mode: Mode,
-    source: Activations | None,
+    how: dict[str, Any],
     fraction: float,
     alpha: float,
     layers: Sequence[int] | None,
     positions: Positions,
 ) -> Steering:
-    return Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=layers, positions=positions)
+    return Steering.from_scores(score, fraction, alpha, layers=layers, positions=positions, **how)
 
 
 def _fitted(
