@@ -6,7 +6,7 @@ Plain values, so that what is saved can be read, drawn and reported without torc
 from dataclasses import dataclass, field
 from typing import Any
 
-from memgen_lens.core.types import Direction, Mode, Positions
+from memgen_lens.core.types import Ablation, Direction, Mode, Positions
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,16 @@ class SteeringSetting:
 
     Attributes:
         site: Site whose neurons are changed.
-        top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1].
-        alpha: Multiple of abs(nmd), or of the change that a fitted rule predicts; None in patch mode.
+        top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1]; where they were chosen in another way
+            (``chosen``), the share that they make.
+        alpha: Multiple of abs(nmd), of a direction, or of the change that a fitted rule predicts; of a scale, what is
+            added to a factor of 1 or taken from it; None where neurons are set to values.
         positions: See `memgen_lens.core.types.Positions`.
-        mode: ``"shift"`` (the paper's), ``"patch"``, or the kind of the rule fitted on the ``select`` pairs:
-            ``"clusters"`` or ``"low_rank"``.
+        mode: ``"shift"`` (the paper's), another of `memgen_lens.core.types.Mode`, or the kind of the rule fitted on the
+            ``select`` pairs: ``"clusters"`` or ``"low_rank"``.
         size: Of a fitted rule, the number of its clusters or its rank; else None.
+        how: Of an ablation, what neurons are set to; else None.
+        chosen: How neurons were chosen, in words, where it was not by the top fraction over all layers; else None.
     """
 
     site: str
@@ -29,6 +33,8 @@ class SteeringSetting:
     positions: Positions
     mode: Mode = "shift"
     size: int | None = None
+    how: Ablation | None = None
+    chosen: str | None = None
 
 
 @dataclass(frozen=True)

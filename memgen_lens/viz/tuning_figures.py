@@ -16,7 +16,7 @@ from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.cost_records import STEERED, Band, CostCurve, SteeringCost
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.steering_records import SweepRow
+from memgen_lens.core.steering_records import SteeringSetting, SweepRow
 from memgen_lens.core.tuning_records import TunedSteering
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
@@ -113,12 +113,19 @@ def steering_surface(tuned: TunedSteering, *, shown: Shown = "objective") -> go.
 
 
 def _panel(row: SweepRow) -> tuple[Any, ...]:
-    return row.setting.site, row.setting.mode, row.setting.size, row.method
+    setting = row.setting
+    return setting.site, kind_of(setting), setting.size, row.method
+
+
+def kind_of(setting: SteeringSetting) -> str:
+    """What is done to neurons, in words."""
+    if setting.size is not None:
+        return rule_of(setting.mode, setting.size)
+    return setting.mode if setting.how is None else f"{setting.mode} ({setting.how})"
 
 
 def _named(key: tuple[Any, ...], varied: list[bool]) -> str:
-    site, mode, size, method = key
-    kind = rule_of(mode, size) if size is not None else mode
+    site, kind, _, method = key
     parts = [site, kind if varied[1] or varied[2] else "", method.replace("_", " ") if varied[3] else ""]
     return escape(", ".join(part for part in parts if part))
 
@@ -187,7 +194,7 @@ def _told(tuned: TunedSteering, row: SweepRow) -> str:
     where = "" if row.layers is None else f", layers {', '.join(map(str, row.layers)) or 'none'}"
     lines = [
         f"top {100 * setting.top_fraction:g} % of {escape(setting.site)} by {row.method.replace('_', ' ')}{alpha}",
-        f"{setting.mode.replace('_', ' ')}, positions {setting.positions}{where}",
+        f"{kind_of(setting)}, positions {setting.positions}{where}",
         f"objective {tuned.value(row):.3f}",
         f"to generalization {row.to_generalization:.1%}, other {row.to_generalization_other:.1%}",
         f"to memorization {row.to_memorization:.1%}, in memorized form {row.memorized_form:.1%}, "

@@ -15,6 +15,7 @@ from memgen_lens.analysis.steering.controls import control_draws, controls_of
 from memgen_lens.analysis.steering.judged import Judged, judged_outputs
 from memgen_lens.analysis.steering.side_effects import sampled, steered_kl, steered_right, unsteered_right, why_none
 from memgen_lens.analysis.steering.steering import Steering
+from memgen_lens.analysis.steering.values import factors
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.cost_records import FIGURES, STEERED, Band, CostCurve, SteeringCost
@@ -140,9 +141,12 @@ def with_alpha(steer: Steering, alpha: float) -> Steering:
             fix="Report it with evaluate_steering.",
         )
     changed = replace(steer, setting=replace(steer.setting, alpha=alpha), shift=steer.shift * (alpha / was))
-    if steer.rules is None:
-        return changed
-    return replace(changed, rules=replace(steer.rules, gain=steer.rules.gain * (alpha / was)))
+    if steer.rules is not None:
+        return replace(changed, rules=replace(steer.rules, gain=steer.rules.gain * (alpha / was)))
+    if steer.values is not None:  # factors of a scale, which stop at 0: what they were below it is not known any more
+        towards_memory = np.sign(steer.values[1] - steer.values[0])
+        return replace(changed, values=factors(towards_memory, alpha))
+    return changed
 
 
 def _values(judged: Judged) -> dict[str, np.ndarray]:

@@ -6,13 +6,15 @@ Does not try them.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import Any
 
 from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, SiteFits
 from memgen_lens.analysis.steering.selection import strongest
 from memgen_lens.analysis.steering.steering import Steering, by_rules
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import Activations, NeuronScores
-from memgen_lens.core.types import Mode, Positions
+from memgen_lens.core.types import Ablation, FittedKind, Positions, ScoredMode
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,19 @@ class Candidate:
         steering: The steering.
         layers: Layers it was restricted to; None = all (of a fitted rule: the one layer that it chooses).
         share: Where it was restricted, the share of the site's neurons that are changed.
+        method: What its neurons were ranked by.
     """
 
     steering: Steering
     layers: tuple[int, ...] | None
     share: float | None
+    method: str
 
 
 def candidates(
     scores: Sequence[NeuronScores],
     *,
-    mode: Mode,
+    mode: ScoredMode | FittedKind,
     source: Activations | None,
     sizes: Sequence[int] | None,
     seed: int,
@@ -42,6 +46,7 @@ def candidates(
     layers: Sequence[Sequence[int] | None],
     positions: Sequence[Positions],
     call: str,
+    how: Ablation | None = None,
 ) -> list[Candidate]:
     """All combinations, in the order of scores, sizes, positions, layers, fractions, alphas.
 
@@ -53,16 +58,13 @@ def candidates(
     """
     if mode == "patch":
         positions = ("prompt",)
-    found: dict[tuple, Candidate] = {}
-    for number, (score, make) in enumerate(_makers(scores, mode, source, sizes, seed, call)):
-        for position in positions:
-            for chosen in layers:
-                for fraction in top_fractions:
-                    for alpha in alphas:
-                        steering = make(fraction, alpha, chosen, position)
-                        only = None if chosen is None else tuple(chosen)
-                        key = (number, steering.setting, only)
-                        found.setdefault(key, Candidate(steering, only, _share(score, steering, only, call)))
+    found: dict[tuple[Any, ...], Candidate] = {}
+    for number, (score, make) in enumerate(_makers(scores, mode, source, how, sizes, seed, call)):
+        for position, chosen, fraction, alpha in product(positions, layers, top_fractions, alphas):
+            steering = make(fraction, alpha, chosen, position)
+            only = None if chosen is None else tuple(chosen)
+            candidate = Candidate(steering, only, _share(score, steering, only, call), score.method)
+            found.setdefault((number, steering.setting, only), candidate)
     return list(found.values())
 
 
@@ -81,8 +83,9 @@ _Make = Callable[[float, float, Sequence[int] | None, Positions], Steering]
 
 def _makers(
     scores: Sequence[NeuronScores],
-    mode: Mode,
+    mode: ScoredMode | FittedKind,
     source: Activations | None,
+    how: Ablation | None,
     sizes: Sequence[int] | None,
     seed: int,
     call: str,
@@ -90,7 +93,7 @@ def _makers(
     """What makes the steerings of each site and size; a rule is fitted once for all of them."""
     if mode != "clusters" and mode != "low_rank":
         for score in scores:
-            yield score, partial(_plain, score, mode, source)
+            yield score, partial(_plain, score, {"mode": mode, "source": source, "how": how, "seed": seed})
         return
     if source is None:
         raise SettingsError(
@@ -107,14 +110,13 @@ def _makers(
 
 def _plain(
     score: NeuronScores,
-    mode: Mode,
-    source: Activations | None,
+    how: dict[str, Any],
     fraction: float,
     alpha: float,
     layers: Sequence[int] | None,
     positions: Positions,
 ) -> Steering:
-    return Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=layers, positions=positions)
+    return Steering.from_scores(score, fraction, alpha, layers=layers, positions=positions, **how)
 
 
 def _fitted(

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.recording.positions import aligned_tokens, held_positions, lengths_of, tokens_at
-from memgen_lens.analysis.steering.steering import Steering, steering_hooks
+from memgen_lens.analysis.steering.intervention import steering_hooks
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.dynamics_records import RateSeries

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from memgen_lens.analysis.steering.generation import alike, in_blocks, steered_outputs
-from memgen_lens.analysis.steering.steering import Steering, steering_hooks
+from memgen_lens.analysis.steering.intervention import steering_hooks
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import answer_tokens, observe_items
 from memgen_lens.core.items import Item, same_items
 from memgen_lens.core.stats import bootstrap_mean, paired_loss, wilson
@@ -188,8 +189,11 @@ def _steered_logits(
             if past is not None:
                 tokens, mask = tokens[:, -1:], mask[:, -1:]
             length = tokens.shape[1]
+            some = [steerings[i] for i in block]
             at = At(length, slice(None) if everywhere else slice(length - 1, length))
-            hooks = steering_hooks(model, [steerings[i] for i in block], toward=toward, at=lambda at=at: at)
+            here = None if some[0].setting.positions == "generated" else at
+            pairs = some[0].draws_of(batch.index)
+            hooks = steering_hooks(model, some, toward=toward, pairs=pairs, at=lambda here=here: here)
             with model.hooks(fwd_hooks=hooks):
                 yield (
                     block,

@@ -19,7 +19,7 @@ from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.steering_records import SweepRow
 from memgen_lens.core.tuning_records import SteeringObjective, choose
-from memgen_lens.core.types import Behavior, Direction, LensModel, Mode, Positions
+from memgen_lens.core.types import Ablation, Behavior, Direction, FittedKind, LensModel, Positions, ScoredMode
 from memgen_lens.models.guard import lens_model
 
 
@@ -32,8 +32,9 @@ from memgen_lens.models.guard import lens_model
     alphas=kinds.Positives,
     layers=kinds.several(kinds.Layers | None),
     positions=kinds.PositionsNames,
-    mode=kinds.AnyModeName,
+    mode=kinds.SweptModeName,
     source=kinds.one(Activations) | None,
+    how=kinds.AblationName | None,
     sizes=kinds.several(kinds.Count) | None,
     seed=kinds.Seed,
     split=kinds.PairSplitName,
@@ -51,8 +52,9 @@ def sweep_steering(
     alphas: Sequence[float] = (2.0,),
     layers: Sequence[Sequence[int] | None] = (None,),
     positions: Sequence[Positions] = ("answer",),
-    mode: Mode = "shift",
+    mode: ScoredMode | FittedKind = "shift",
     source: Activations | None = None,
+    how: Ablation | None = None,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
     split: PairSplit = "tune",
@@ -70,13 +72,14 @@ def sweep_steering(
         pairs: Prompt pairs.
         scores: Scores of one site or of several.
         top_fractions: Fractions of a site's neurons, each in (0, 1].
-        alphas: Multiples of abs(nmd), or of what a fitted rule says, each above 0; not used in patch mode.
+        alphas: Strengths, each above 0; not used where neurons are set to values (clamp, ablate, patch).
         layers: Layer restrictions to try; None = all layers (of a fitted rule: the one layer that it chooses).
         positions: Positions to try; patch mode has ``"prompt"`` only.
-        mode: ``"shift"``, ``"patch"``, ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
-        source: Recorded activations; all modes but ``"shift"`` need them.
+        mode: A mode of `Steering.from_scores`, or ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
+        source: Recorded activations; `Steering.from_scores` says which modes need them, fitted rules do.
+        how: Of an ablation, what neurons are set to.
         sizes: Numbers of clusters or ranks to try of a fitted rule. Default: that of `Steering.from_activations`.
-        seed: Seed of k-means.
+        seed: Seed of k-means, and of what is resampled.
         split: Pairs to sweep on.
         batch_size: Rows in one forward pass.
         use_cache: Keep keys and values while generating.
@@ -95,6 +98,7 @@ def sweep_steering(
         sites,
         mode=mode,
         source=source,
+        how=how,
         sizes=sizes,
         seed=seed,
         top_fractions=top_fractions,
@@ -144,7 +148,7 @@ def swept_rows(
             to_memorization=float(np.mean(recalled[i] == Behavior.MEMORIZATION)),
             memorized_form=float(np.mean(forms[i])),
             to_memorization_other=float(np.mean((recalled[i] == Behavior.OTHER) & ~forms[i])),
-            method=candidate.steering.scores.method,
+            method=candidate.method,
             share=candidate.share,
         )
         for i, candidate in enumerate(tried)

@@ -24,7 +24,7 @@ from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.steering_records import SweepRow
 from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering, choose
-from memgen_lens.core.types import Direction, LensModel, Mode, Positions
+from memgen_lens.core.types import Ablation, Direction, FittedKind, LensModel, Positions, ScoredMode
 from memgen_lens.models.guard import lens_model
 
 CALL = "tune_steering"
@@ -38,12 +38,13 @@ SITES = ("resid_post", "post")
     pairs=kinds_of.one(PromptPairs) | kinds_of.one(Activations),
     sites=kinds_of.several(kinds_of.Text) | None,
     methods=kinds_of.several(Method),
-    kinds=kinds_of.AnyModeNames,
+    kinds=kinds_of.SweptModeNames,
     top_fractions=kinds_of.Shares,
     alphas=kinds_of.Positives,
     layers=kinds_of.several(kinds_of.Layers | None),
     positions=kinds_of.PositionsNames,
     sizes=kinds_of.several(kinds_of.Count) | None,
+    ablations=kinds_of.several(kinds_of.AblationName),
     toward=kinds_of.DirectionName | None,
     objective=kinds_of.one(SteeringObjective) | None,
     n_heldout=kinds_of.Count,
@@ -59,12 +60,13 @@ def tune_steering(
     *,
     sites: Sequence[str] | None = None,
     methods: Sequence[Method] = ("pearson",),
-    kinds: Sequence[Mode] = ("shift",),
+    kinds: Sequence[ScoredMode | FittedKind] = ("shift",),
     top_fractions: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
     alphas: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
     layers: Sequence[Sequence[int] | None] = (None,),
     positions: Sequence[Positions] = ("answer", "prompt"),
     sizes: Sequence[int] | None = None,
+    ablations: Sequence[Ablation] = ("zero",),
     toward: Direction | None = None,
     objective: SteeringObjective | None = None,
     n_heldout: int = 200,
@@ -102,6 +104,7 @@ def tune_steering(
         layers: Layer restrictions to try, e.g. ``[None, [0], [1]]``; None = all layers.
         positions: Positions to try; patching has ``"prompt"`` only.
         sizes: Numbers of clusters or ranks to try of fitted kinds.
+        ablations: What ablated neurons are set to, to be tried where ``kinds`` has ``"ablate"``.
         toward: Count (and measure the loss in) this direction alone; default: both, summed up.
         objective: Weights of the objective; default: 1 each.
         n_heldout: Validation prompts that are sampled at most.
@@ -133,7 +136,10 @@ def tune_steering(
     tried = [
         candidate
         for kind in kinds
-        for candidate in candidates(scores, mode=kind, source=acts, sizes=sizes, seed=seed, call=CALL, **grid)
+        for how_ablated in (ablations if kind == "ablate" else (None,))
+        for candidate in candidates(
+            scores, mode=kind, how=how_ablated, source=acts, sizes=sizes, seed=seed, call=CALL, **grid
+        )
     ]
     objective = objective or SteeringObjective()
     found = search(
