@@ -174,7 +174,11 @@ def _side_effects(table: SteeringTable) -> str:
     opposite = effects.heldout_generalization_steered_to_memorization
     other = "" if opposite is None else f", the opposite shift to {percent(opposite)}"
     change = f"from {percent(before)} to {percent(after)}{kl}{other}"
-    return f"On held-out prompts the same shift takes generalization {change}."
+    lost = effects.lost.get("generalization")
+    if lost is None:
+        return f"On held-out prompts the same shift takes generalization {change}."
+    loss = f"{percent(lost['loss'])} lost {interval(lost['ci95'])}".replace("-", "\N{MINUS SIGN}")
+    return f"On held-out prompts the same shift takes generalization {change}: {loss}."
 
 
 def key_figures(run: RunContents) -> list[KeyFigure]:
