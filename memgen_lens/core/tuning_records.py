@@ -38,6 +38,7 @@ class SteeringObjective:
     def __post_init__(self) -> None:
         _check(self.other, self.heldout_loss, self.heldout_loss_to_memorization)
 
+    @arguments("SteeringObjective.value", row=kinds.one(SweepRow), toward=kinds.DirectionName | None)
     def value(self, row: SweepRow, toward: Direction | None = None) -> float:
         """The objective of a setting; a loss that was not measured counts as none.
 
@@ -50,10 +51,6 @@ class SteeringObjective:
         there -= self.heldout_loss * (row.heldout_loss or 0.0)
         back -= self.heldout_loss_to_memorization * (row.heldout_loss_to_memorization or 0.0)
         return {"generalization": there, "memorization": back, None: there + back}[toward]
-
-    def tolerance(self, row: SweepRow, toward: Direction | None = None) -> float:
-        """What one item in each direction is worth: settings that differ by no more count as equals."""
-        return (2 if toward is None else 1) / row.n_items
 
     def __str__(self) -> str:
         terms = [f"{self.other:g} * other", f"{self.heldout_loss:g} * held-out loss"]
@@ -75,12 +72,13 @@ def choose(rows: Any, objective: SteeringObjective, toward: Direction | None) ->
         objective: What they are worth.
         toward: Count this direction alone.
     """
+    n_directions = 2 if toward is None else 1
     values = [objective.value(row, toward) for row in rows]
     best = max(values)
     equals = [
         (row, value)
         for row, value in zip(rows, values, strict=True)
-        if value >= best - objective.tolerance(row, toward) - 1e-9
+        if value >= best - n_directions / row.n_items - 1e-9
     ]
     return min(equals, key=lambda pair: (pair[0].strength, -pair[1]))[0]
 
@@ -110,6 +108,7 @@ class TunedSteering:
     why: str | None = None
     steering: Any = field(default=None, repr=False, compare=False)
 
+    @arguments("TunedSteering.value", row=kinds.one(SweepRow))
     def value(self, row: SweepRow) -> float:
         """The objective of one of the rows."""
         return self.objective.value(row, self.toward)
