@@ -177,7 +177,10 @@ def _side_effects(table: SteeringTable) -> str:
     lost = effects.lost.get("generalization")
     if lost is None:
         return f"On held-out prompts the same shift takes generalization {change}."
-    loss = f"{percent(lost['loss'])} lost {interval(lost['ci95'])}".replace("-", "\N{MINUS SIGN}")
+    gained = lost["loss"] < 0
+    low, high = sorted(-end if gained else end for end in lost["ci95"])
+    ends = interval((low, high)).replace("-", "\N{MINUS SIGN}")
+    loss = f"{percent(abs(lost['loss']))} {'gained' if gained else 'lost'} {ends}"
     return f"On held-out prompts the same shift takes generalization {change}: {loss}."
 
 
