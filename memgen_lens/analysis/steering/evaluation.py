@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.controls import control_draws, controls_of
+from memgen_lens.analysis.steering.controls import NO_SIGN, control_draws, controls_of
 from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.intervention import drawn_pairs
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import answer_tokens, observe_items
 from memgen_lens.core import arguments as kinds
@@ -56,11 +57,12 @@ def evaluate_steering(
     """What a steering does, both ways, on pairs that neither ranked its neurons nor chose its setting.
 
     ``to_generalization``: the recalling prompts, steered towards generalization; ``to_memorization``: the computing
-    prompts, steered towards memorization. The controls change as many neurons in each layer by the same multiset of
-    magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho)) and
-    ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row to
-    other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
-    whose partners are of other items (`memgen_lens.analysis.steering.controls`).
+    prompts, steered towards memorization. The controls change as many neurons in each layer in the same way, by the
+    same multiset of magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho))
+    and ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row
+    to other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
+    whose partners are of other items. Of a direction there is ``random_direction``, of the same norm
+    (`memgen_lens.analysis.steering.controls` says what each is in each mode).
 
     Args:
         model: A HookedTransformer.
@@ -141,7 +143,7 @@ def _rates(
         rows = range(first, first + len(draws))
         first += len(draws)
         if not draws:
-            table[name] = {"mean": None, "ci95": None, "why": "patched values have no sign to draw"}
+            table[name] = {"mean": None, "ci95": None, "why": NO_SIGN[steer.setting.mode]}
             continue
         shares = [np.mean([b is aim for b in behaviors[row]]) for row in rows]
         table[name] = {
@@ -218,7 +220,7 @@ def _kl(model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size
     for whole in in_batches(model, prompts, batch_size=batch_size):
         for batch in whole.parts(rows_at_once(model, whole.tokens.shape[1], cached=False)):
             plain = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
-            with steer.applied(model, toward="generalization"):
+            with steer.applied(model, toward="generalization", pairs=drawn_pairs(steer, batch.index)):
                 changed = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
             divergences[batch.index] = (plain.exp() * (plain - changed)).sum(-1).cpu().numpy()
     return divergences
