@@ -572,7 +572,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "TunedSteering.choose": lambda w: good(made_up.tuned().choose, objective=mg.SteeringObjective()),
     "TunedSteering.value": lambda w: good(made_up.tuned().value, row=w.rows[0]),
     "SteeringObjective": lambda w: good(
-        mg.SteeringObjective, other=1.0, heldout_loss=1.0, heldout_loss_to_memorization=0.0
+        mg.SteeringObjective, other=1.0, heldout_loss=1.0, heldout_loss_to_memorization=0.0, ties=1.0
     ),
     "SteeringObjective.value": lambda w: good(mg.SteeringObjective().value, row=w.rows[0], toward=None),
     "SteeringCost.save": lambda w: good(made_up.steering_cost().save, directory="saved"),

@@ -29,14 +29,17 @@ class SteeringObjective:
         other: Weight of the rate of other outputs, at least 0.
         heldout_loss: Weight of held-out accuracy lost towards generalization, at least 0.
         heldout_loss_to_memorization: Weight of held-out accuracy lost towards memorization, at least 0.
+        ties: Items (of ``tune``) in each direction within which settings count as equals, at least 0; of equals the
+            gentlest is chosen. 0 chooses the best, where a gentler one is as good to the last item.
     """
 
     other: float = 1.0
     heldout_loss: float = 1.0
     heldout_loss_to_memorization: float = 0.0
+    ties: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.other, self.heldout_loss, self.heldout_loss_to_memorization)
+        _check(self.other, self.heldout_loss, self.heldout_loss_to_memorization, self.ties)
 
     @arguments("SteeringObjective.value", row=kinds.one(SweepRow), toward=kinds.DirectionName | None)
     def value(self, row: SweepRow, toward: Direction | None = None) -> float:
@@ -59,13 +62,19 @@ class SteeringObjective:
         return " - ".join(["shift", *terms])
 
 
-@arguments("SteeringObjective", other=kinds.Weight, heldout_loss=kinds.Weight, to_memorization=kinds.Weight)
-def _check(other: float, heldout_loss: float, to_memorization: float) -> None:
-    """Refuse weights that are no numbers of at least 0."""
+@arguments(
+    "SteeringObjective",
+    other=kinds.Weight,
+    heldout_loss=kinds.Weight,
+    heldout_loss_to_memorization=kinds.Weight,
+    ties=kinds.Weight,
+)
+def _check(other: float, heldout_loss: float, heldout_loss_to_memorization: float, ties: float) -> None:
+    """Refuse what is no number of at least 0."""
 
 
 def choose(rows: Any, objective: SteeringObjective, toward: Direction | None) -> SweepRow:
-    """The gentlest setting among those within one item of the best; of as gentle ones the best.
+    """The gentlest setting among those that count as good as the best; of as gentle ones the best.
 
     Args:
         rows: Settings tried, at least one.
@@ -78,7 +87,7 @@ def choose(rows: Any, objective: SteeringObjective, toward: Direction | None) ->
     equals = [
         (row, value)
         for row, value in zip(rows, values, strict=True)
-        if value >= best - n_directions / row.n_items - 1e-9
+        if value >= best - objective.ties * n_directions / row.n_items - 1e-9
     ]
     return min(equals, key=lambda pair: (pair[0].strength, -pair[1]))[0]
 

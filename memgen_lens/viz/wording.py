@@ -75,7 +75,8 @@ def describe(setting: SteeringSetting) -> str:
     """A steering setting in words."""
     alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
     rule = "" if setting.size is None else f" by {rule_of(setting.mode, setting.size)}"
-    return f"the top {percent(setting.top_fraction)} of {setting.site} neurons{rule}{alpha}"
+    chosen = f"top {percent(setting.top_fraction)}" if setting.chosen is None else setting.chosen
+    return f"the {chosen} of {setting.site} neurons{rule}{alpha}"
 
 
 def verdict(run: RunContents) -> str:

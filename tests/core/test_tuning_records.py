@@ -62,6 +62,15 @@ def test_within_one_item_the_smallest_intervention_is_chosen_layers_counted():
     assert fewer.strength == pytest.approx(0.1)
 
 
+def test_ties_can_be_narrower_or_wider_than_an_item():
+    best, gentle = row("strong"), row("strong", layers=(1,), share=0.05, to_generalization=0.86)  # 1.6 items of 40
+    for ties, chosen in ((0.0, best), (1.0, best), (2.0, gentle)):
+        objective = mg.SteeringObjective(ties=ties)
+        assert mg.choose_setting([best, gentle], toward="generalization", objective=objective) is chosen
+    equal = replace(gentle, to_generalization=best.to_generalization)
+    assert mg.choose_setting([best, equal], objective=mg.SteeringObjective(ties=0)) is equal
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), "much"])
 def test_weights_that_are_none_are_refused(weight):
     with pytest.raises(

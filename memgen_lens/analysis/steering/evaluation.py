@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.controls import control_draws, controls_of
+from memgen_lens.analysis.steering.controls import NO_SIGN, control_draws, controls_of
 from memgen_lens.analysis.steering.judged import Judged, judged_outputs
 from memgen_lens.analysis.steering.side_effects import side_effects
 from memgen_lens.analysis.steering.steering import Steering
@@ -55,11 +55,12 @@ def evaluate_steering(
     """What a steering does, both ways, on pairs that neither ranked its neurons nor chose its setting.
 
     ``to_generalization``: the recalling prompts, steered towards generalization; ``to_memorization``: the computing
-    prompts, steered towards memorization. The controls change as many neurons in each layer by the same multiset of
-    magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho)) and
-    ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row to
-    other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
-    whose partners are of other items (`memgen_lens.analysis.steering.controls`).
+    prompts, steered towards memorization. The controls change as many neurons in each layer in the same way, by the
+    same multiset of magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho))
+    and ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row
+    to other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
+    whose partners are of other items. Of a direction there is ``random_direction``, of the same norm
+    (`memgen_lens.analysis.steering.controls` says what each is in each mode).
 
     The cost stands beside: what else is said (``other``, with the outputs said most often), and on the task's held-out
     prompts the accuracy lost and the KL divergence of the next token. In a mixture whose pairs are of several tasks,
@@ -131,7 +132,7 @@ def _rates(judge: Judge, judged: Judged, steer: Steering, controls: dict[str, li
         rows = slice(first, first + len(draws))
         first += len(draws)
         if not draws:
-            table[name] = {"mean": None, "ci95": None, "why": "patched values have no sign to draw"}
+            table[name] = {"mean": None, "ci95": None, "why": NO_SIGN[steer.setting.mode]}
             continue
         table[name] = {
             **mean_of_draws(np.mean(behaviors[rows] == judged.aim, axis=1)),

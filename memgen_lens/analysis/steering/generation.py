@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from memgen_lens.analysis.steering.intervention import steering_changes, steering_hooks
+from memgen_lens.analysis.steering.intervention import drawn_pairs, steering_changes, steering_hooks
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.types import Direction, LensModel, Positions
@@ -164,7 +164,7 @@ class _Asked:
         """Some steerings, and the source pairs of some prompts."""
         steerings = [self.steerings[i] for i in block]
         if self.pairs is None:
-            return steerings, steerings[0].draws_of(index)
+            return steerings, drawn_pairs(steerings[0], index)
         return steerings, np.asarray(self.pairs)[list(index)]
 
 

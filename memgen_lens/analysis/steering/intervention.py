@@ -156,22 +156,13 @@ class Intervention:
         changes = steering_changes(model, [self], toward=toward, pairs=pairs)
         return [(name, hook_of(name, change)) for name, change in changes.items()]
 
-    def draws_of(self, places: Sequence[int]) -> Int[np.ndarray, " prompt"] | None:
-        """What ``pairs`` are for prompts that belong to none, by their places in a list; None where none are needed.
 
-        So a prompt takes the same resampled values whichever batch it rides in.
-        """
-        return None if self.draw is None else np.asarray(places, dtype=np.int64) % len(self.draw)
+def drawn_pairs(steering: Intervention, places: Any) -> Int[np.ndarray, " prompt"] | None:
+    """What ``pairs`` are for prompts that belong to none, by their places in a list; None where none are needed.
 
-    def rows(self, toward: Direction, layer: int, pairs: Any) -> Float[np.ndarray, "row neuron"]:
-        """The values of one layer that prompts take from the source."""
-        assert self.source is not None
-        sides = self.source.memorized, self.source.generalized
-        index = np.arange(len(sides[0])) if pairs is None else known_pairs(pairs, len(sides[0]))
-        if self.draw is None:
-            return sides[0 if toward == "memorization" else 1][index, layer]
-        side, place = np.divmod(self.draw[index], len(sides[0]))
-        return np.where(side[:, None] == 0, sides[0][place, layer], sides[1][place, layer])
+    So a prompt takes the same resampled values whichever batch it rides in.
+    """
+    return None if steering.draw is None else np.asarray(places, dtype=np.int64) % len(steering.draw)
 
 
 def steering_hooks(
@@ -251,7 +242,7 @@ def _change(steerings: Sequence[Intervention], layer: int, toward: Direction, pa
             np.stack([rule.taken_from[layer] for rule in rules]),
         )
     if first.source is not None:
-        return patch_change(torch.as_tensor(first.rows(toward, layer, pairs)), torch.as_tensor(masks))
+        return patch_change(torch.as_tensor(_rows(first, toward, layer, pairs)), torch.as_tensor(masks))
     if first.values is None:
         sign = 1.0 if toward == "memorization" else -1.0
         shifts = np.stack([sign * s.shift[layer] for s in steerings])
@@ -260,6 +251,17 @@ def _change(steerings: Sequence[Intervention], layer: int, toward: Direction, pa
     if first.setting.mode == "scale":
         return scale_change(torch.as_tensor(np.where(masks, values, 1.0), dtype=torch.float32))
     return set_change(torch.as_tensor(values, dtype=torch.float32), torch.as_tensor(masks))
+
+
+def _rows(steering: Intervention, toward: Direction, layer: int, pairs: Any) -> Float[np.ndarray, "row neuron"]:
+    """The values of one layer that prompts take from the source."""
+    assert steering.source is not None
+    sides = steering.source.memorized, steering.source.generalized
+    index = np.arange(len(sides[0])) if pairs is None else known_pairs(pairs, len(sides[0]))
+    if steering.draw is None:
+        return sides[0 if toward == "memorization" else 1][index, layer]
+    side, place = np.divmod(steering.draw[index], len(sides[0]))
+    return np.where(side[:, None] == 0, sides[0][place, layer], sides[1][place, layer])
 
 
 def _n_sources(steerings: Sequence[Intervention], pairs: Any) -> int | None:

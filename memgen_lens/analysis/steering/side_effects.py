@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from memgen_lens.analysis.steering.generation import alike, in_blocks, steered_outputs
-from memgen_lens.analysis.steering.intervention import steering_hooks
+from memgen_lens.analysis.steering.intervention import drawn_pairs, steering_hooks
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.behavior import answer_tokens, observe_items
 from memgen_lens.core.items import Item, same_items
@@ -192,7 +192,7 @@ def _steered_logits(
             some = [steerings[i] for i in block]
             at = At(length, slice(None) if everywhere else slice(length - 1, length))
             here = None if some[0].setting.positions == "generated" else at
-            pairs = some[0].draws_of(batch.index)
+            pairs = drawn_pairs(some[0], batch.index)
             hooks = steering_hooks(model, some, toward=toward, pairs=pairs, at=lambda here=here: here)
             with model.hooks(fwd_hooks=hooks):
                 yield (
