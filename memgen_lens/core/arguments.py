@@ -123,7 +123,6 @@ OpenShare = Annotated[float, Field(gt=0, lt=1), _Number]
 Part = Annotated[float, Field(ge=0, lt=1), _Number]
 """A share that may be none."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Texts = Annotated[list[Text], _Several]
 Lines = Annotated[list[Text], _Several, BeforeValidator(_no_text)]
 """Texts that are refused where they are one."""

@@ -7,39 +7,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.settings import Settings
 from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Direction
 
 FILE = "tuned.json"
 
 
-@dataclass(frozen=True)
-class SteeringObjective:
+class SteeringObjective(Settings):
     """What a setting of steering is worth, as one number.
 
-    In each direction: ``shift - other * (rate of other outputs) - heldout_loss * (accuracy lost on held-out prompts)``;
-    both directions are summed up unless one is named. Towards memorization an output in memorized form counts as
-    shifted, as in `memgen_lens.choose_setting`, and held-out accuracy costs nothing by default: a held-out prompt that
-    now answers in the form of a memory is, but for its label, what was asked for, and shift and loss would cancel.
-
-    Attributes:
-        other: Weight of the rate of other outputs, at least 0.
-        heldout_loss: Weight of held-out accuracy lost towards generalization, at least 0.
-        heldout_loss_to_memorization: Weight of held-out accuracy lost towards memorization, at least 0.
-        ties: Items (of ``tune``) in each direction within which settings count as equals, at least 0; of equals the
-            gentlest is chosen. 0 chooses the best, where a gentler one is as good to the last item.
+    In each direction: ``shift - other * (rate of other outputs) - heldout_loss * (accuracy lost on held-out prompts)``,
+    the last below 0, and in the setting's favour, where steering mends more prompts than it breaks. Both directions are
+    summed up unless one is named. Towards memorization an output in memorized form counts as shifted, as in
+    `memgen_lens.choose_setting`, and held-out accuracy costs nothing by default: a held-out prompt that now answers in
+    the form of a memory is, but for its label, what was asked for, and shift and loss would cancel.
     """
 
-    other: float = 1.0
-    heldout_loss: float = 1.0
-    heldout_loss_to_memorization: float = 0.0
-    ties: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check(self.other, self.heldout_loss, self.heldout_loss_to_memorization, self.ties)
+    other: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Weight of the rate of other outputs."""
+    heldout_loss: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Weight of held-out accuracy lost towards generalization."""
+    heldout_loss_to_memorization: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of held-out accuracy lost towards memorization."""
+    ties: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Items (of ``tune``) in each direction within which settings count as equals; of equals the gentlest is chosen. 0
+    chooses the best, where a gentler one is as good to the last item."""
 
     @arguments("SteeringObjective.value", row=kinds.one(SweepRow), toward=kinds.DirectionName | None)
     def value(self, row: SweepRow, toward: Direction | None = None) -> float:
@@ -60,17 +58,6 @@ class SteeringObjective:
         if self.heldout_loss_to_memorization:
             terms.append(f"{self.heldout_loss_to_memorization:g} * held-out loss towards memorization")
         return " - ".join(["shift", *terms])
-
-
-@arguments(
-    "SteeringObjective",
-    other=kinds.Weight,
-    heldout_loss=kinds.Weight,
-    heldout_loss_to_memorization=kinds.Weight,
-    ties=kinds.Weight,
-)
-def _check(other: float, heldout_loss: float, heldout_loss_to_memorization: float, ties: float) -> None:
-    """Refuse what is no number of at least 0."""
 
 
 def choose(rows: Any, objective: SteeringObjective, toward: Direction | None) -> SweepRow:
@@ -139,7 +126,8 @@ class TunedSteering:
         """
         path = Path(directory) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, with_nulls({name: getattr(self, name) for name in SAVED}))
+        objective = {"objective": self.objective.model_dump()}
+        write_json(path, with_nulls({name: getattr(self, name) for name in SAVED} | objective))
         return path
 
     @classmethod

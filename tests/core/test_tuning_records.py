@@ -73,12 +73,7 @@ def test_ties_can_be_narrower_or_wider_than_an_item():
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), "much"])
 def test_weights_that_are_none_are_refused(weight):
-    with pytest.raises(
-        SettingsError,
-        match=r"SteeringObjective\(heldout_loss=...\): expected .*greater than or equal"
-        if weight == -1.0
-        else "heldout_loss",
-    ):
+    with pytest.raises(SettingsError, match="heldout_loss"):
         mg.SteeringObjective(heldout_loss=weight)
 
 
