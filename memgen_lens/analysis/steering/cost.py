@@ -169,7 +169,7 @@ def _curves(
     seed: int,
 ) -> dict[str, CostCurve]:
     """The curves of one direction; settings come strength by strength, in each the steering and all draws."""
-    item, other = np.array(same_items(items)), np.array(same_items(heldout))
+    item, other = (np.array(same_items(some), dtype=np.int64) for some in (items, heldout))
     curves = {}
     for name in dict.fromkeys(names):
         places = np.flatnonzero(np.array(names) == name)
@@ -188,7 +188,7 @@ def _curves(
 
 def _ends(
     figure: str,
-    draws: Float[np.ndarray, "draw prompt"] | Bool[np.ndarray, "draw prompt"],
+    draws: Float[np.ndarray, "draw case"] | Bool[np.ndarray, "draw case"],
     steered: bool,
     item: Int[np.ndarray, " prompt"],
     other: Int[np.ndarray, " heldout"],

@@ -51,9 +51,9 @@ def side_effects(
         progress: Show progress bars.
     """
     why = why_none(task, steer)
-    if why is not None:
-        return SideEffects(0, None, None, None, None, why)
-    items = task.items("heldout") if task is not None else ()
+    items = task.items("heldout") if task is not None and why is None else ()
+    if not items:
+        return SideEffects(0, None, None, None, None, why or "the task has no held-out prompts")
     how = {"batch_size": batch_size, "progress": progress}
     before = unsteered_right(model, task, items, **how)
     after: ByWay = {way: steered_right(model, task, items, [steer], toward=way, **how)[0] for way in DIRECTIONS}

@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_each_setting_on_the_validation_prompts_asked_alone(
 
 
 def test_a_loss_that_weighs_enough_chooses_to_leave_the_model_alone(known, task, tried):
-    for weight, flips in ((0.0, 1.0), (3.9, 1.0), (4.1, 0.0)):  # a quarter of the prompts is lost where all flip
+    for weight, flips in ((0.0, 1.0), (3.5, 1.0), (4.1, 0.0)):  # a quarter of the prompts is lost where all flip
         found = searched(known, task, tried, heldout_loss=weight)
         assert found.rows[found.place].to_generalization == flips
     assert searched(known, task, tried, heldout_loss=1.0).rows == searched(known, task, tried, heldout_loss=9.0).rows
