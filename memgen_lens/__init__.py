@@ -32,13 +32,17 @@ if TYPE_CHECKING:
         probe_by_position,
         record,
         steering_by_position,
+        steering_cost,
         sweep_steering,
+        tune_steering,
     )
     from memgen_lens.analysis import comparison as consistency
     from memgen_lens.behavior import complete, observe
+    from memgen_lens.core.cost_records import SteeringCost
     from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
+    from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering
     from memgen_lens.experiment import run_experiment
     from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
@@ -55,6 +59,9 @@ _LAZY = {
     "PromptPairs": "memgen_lens.core.pairs",
     "NeuronScores": "memgen_lens.core.records",
     "Steering": "memgen_lens.analysis",
+    "SteeringCost": "memgen_lens.core.cost_records",
+    "SteeringObjective": "memgen_lens.core.tuning_records",
+    "TunedSteering": "memgen_lens.core.tuning_records",
     "attribute": "memgen_lens.analysis",
     "attribute_streaming": "memgen_lens.analysis",
     "benchmark_methods": "memgen_lens.method_benchmark",
@@ -77,8 +84,10 @@ _LAZY = {
     "run_experiment": "memgen_lens.experiment",
     "save_model": "memgen_lens.models",
     "steering_by_position": "memgen_lens.analysis",
+    "steering_cost": "memgen_lens.analysis",
     "sweep_steering": "memgen_lens.analysis",
     "train": "memgen_lens.training",
+    "tune_steering": "memgen_lens.analysis",
     "write_report": "memgen_lens.viz.report",
 }
 
@@ -96,7 +105,10 @@ __all__ = [
     "Plant",
     "PromptPairs",
     "Steering",
+    "SteeringCost",
+    "SteeringObjective",
     "TrainConfig",
+    "TunedSteering",
     "attribute",
     "attribute_streaming",
     "benchmark_methods",
@@ -120,9 +132,11 @@ __all__ = [
     "run_experiment",
     "save_model",
     "steering_by_position",
+    "steering_cost",
     "sweep_steering",
     "tasks",
     "train",
+    "tune_steering",
     "write_report",
 ]
 

@@ -15,6 +15,7 @@ from memgen_lens.analysis import (
     choose_setting,
     evaluate_steering,
     fit_probes,
+    steering_cost,
     sweep_steering,
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
@@ -111,19 +112,17 @@ def steer(
         fitted = {"mode": kind, "source": acts, "sizes": sizes, "seed": config.seed}
         rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
     say("steering the test pairs, with controls")
-    tables = {
-        mode: evaluate_steering(
-            model,
-            task,
-            pairs,
-            _steering(choose_setting(swept, toward=analysis.toward).setting, scores, acts, seed=config.seed),
-            n_controls=analysis.n_controls,
-            seed=config.seed,
-            **how,
-        )
+    chosen = {
+        mode: _steering(choose_setting(swept, toward=analysis.toward).setting, scores, acts, seed=config.seed)
         for mode, swept in rows.items()
     }
+    controls = {"n_controls": analysis.n_controls, "seed": config.seed}
+    tables = {mode: evaluate_steering(model, task, pairs, one, **controls, **how) for mode, one in chosen.items()}
     shift = tables["shift"].setting
+    if analysis.cost_alphas:
+        say("holding the shift against its cost, strength by strength")
+        strengths = [factor * (shift.alpha or 1.0) for factor in analysis.cost_alphas]
+        steering_cost(model, task, pairs, chosen["shift"], alphas=strengths, **controls, **how).save(directory)
     by_layer = sweep_steering(
         model,
         task,

@@ -1,17 +1,22 @@
 """Records of comparisons and of a run's dynamics that nobody measured, for what draws them."""
 
 from itertools import cycle, islice
+from typing import Any, get_args
 
 import numpy as np
 
 from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
+from memgen_lens.core.cost_records import Band, CostCurve, SteeringCost
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
 from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, ModelResult
 from memgen_lens.core.position_records import PatchingMap, PositionProbes, PositionSteering, PositionTokens
 from memgen_lens.core.records import ProbeScores
-from memgen_lens.core.steering_records import SteeringSetting
+from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
+from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering, choose
+from memgen_lens.core.types import Direction
 
 TASKS = ("addition", "ciphertext", "in_context_inference")
+WAYS = get_args(Direction)
 SETTING = SteeringSetting("resid_post", 0.1, 2.0, "answer")
 
 
@@ -189,3 +194,42 @@ def methods() -> MethodsBenchmark:
         for kind in ("planted", "ordinary")
     )
     return MethodsBenchmark(models)
+
+
+def tuned(sites: tuple[str, ...] = ("resid_post", "post"), toward: Any = None) -> TunedSteering:
+    """Everything tried at some sites; the shift works best in the middle."""
+    rows = []
+    for site in sites:
+        for mode, alphas in (("shift", (0.5, 1.0, 2.0)), ("clamp", (None,))):
+            for positions in ("answer", "prompt"):
+                for fraction in (0.1, 0.3):
+                    for alpha in alphas:
+                        setting = SteeringSetting(site, fraction, alpha, positions, mode)
+                        shift = 0.9 - abs((alpha or 1.0) - 1.0) / 2 - (0.1 if positions == "prompt" else 0.0)
+                        rates = (shift, 0.05, 0.0, shift / 2, 0.1)
+                        loss = fraction / 2 if mode == "shift" else None
+                        rows.append(SweepRow(setting, None, 40, 40, *rates, heldout_loss=loss, n_heldout=100))
+    objective = SteeringObjective()
+    chosen = choose(rows, objective, toward)
+    share = {"rate": 0.9, "ci95": [0.8, 0.95], "k": 36, "n": 40, "n_items": 40}
+    sides = [SteeringRates(way, 40, 40, *[share] * 4, controls={}, examples=()) for way in WAYS]
+    table = SteeringTable(chosen.setting, (0, 12), sides[0], sides[1], SideEffects(0, None, None, None, None, "none"))
+    return TunedSteering(tuple(rows), chosen, objective, toward, table, share)
+
+
+def steering_cost(n_heldout: int = 100) -> SteeringCost:
+    """A steering that reaches much at little cost, and a control that costs as much for nothing."""
+    strength = np.array([0.5, 1.0, 2.0])
+
+    def band(values: np.ndarray) -> Band:
+        return Band(values, (values - 0.05).clip(-1, 1), (values + 0.05).clip(-1, 1))
+
+    def curve(reach: float, n_draws: int) -> CostCurve:
+        shift, cost = reach * strength / 2, strength / 10
+        lost, kl = (band(c if n_heldout else np.full(3, np.nan)) for c in (cost, 2 * cost))
+        return CostCurve(n_draws, band(shift), band(shift), band(0.9 - shift), band(np.full(3, 0.1)), lost, kl)
+
+    curves = {way: {"steered": curve(0.9, 1), "random_neurons": curve(0.1, 20)} for way in WAYS}
+    why = None if n_heldout else "a user's pairs name no held-out prompts"
+    heldout = 0.96 if n_heldout else None
+    return SteeringCost(SETTING, (0.5, 1.0, 2.0), 60, 30, n_heldout, heldout, curves, why)

@@ -30,7 +30,7 @@ MIXED = FILLER + len(FILLERS)
 D_MODEL = MIXED + len(FILLERS)
 
 
-def build_model(*, default_prepend_bos: bool = False, default_padding_side: str = "right") -> Any:
+def build_model(*, default_prepend_bos: bool = False, default_padding_side: str = "right", native: bool = False) -> Any:
     """The planted model; on prompts with ``M`` it says ``m``, on prompts with ``G`` it says ``r``, then it ends."""
     tokenizer = build_tokenizer(VOCABULARY)
     settings = {
@@ -47,7 +47,7 @@ def build_model(*, default_prepend_bos: bool = False, default_padding_side: str 
         "device": "cpu",
         "seed": 0,
     }
-    model = helpers.model_of(settings | {"default_padding_side": default_padding_side}, tokenizer)
+    model = helpers.model_of(settings | {"default_padding_side": default_padding_side}, tokenizer, native=native)
     _plant(model)
     return model.eval().requires_grad_(False)
 

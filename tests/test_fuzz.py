@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from planted_judge import PlantedTask
 
 import memgen_lens as mg
 
@@ -38,8 +39,10 @@ RUNNING = (
     "patching_map",
     "probe_by_position",
     "steering_by_position",
+    "steering_cost",
     "sweep_steering",
     "train",
+    "tune_steering",
 )
 """Functions that run a model for a while wherever what is changed does not matter: tried less often."""
 NUMBERS = (-(10**30), -(2**31), -1, 0, 1, 2, 3, 8, 17, 2**31, 2**32, 10**30)
@@ -323,7 +326,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         batch_size=64,
         **QUIET,
     ),
-    "choose_setting": lambda w: good(mg.choose_setting, rows=w.rows),
+    "choose_setting": lambda w: good(mg.choose_setting, rows=w.rows, toward=None, objective=None),
     "sweep_steering": lambda w: good(
         mg.sweep_steering,
         model=w.model,
@@ -339,6 +342,41 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         batch_size=64,
         use_cache=True,
         **SWEPT,
+        **QUIET,
+    ),
+    "tune_steering": lambda w: good(
+        mg.tune_steering,
+        model=w.model,
+        task=PlantedTask(),
+        pairs=w.acts,
+        sites=["post"],
+        methods=["pearson"],
+        kinds=["shift"],
+        layers=None,
+        sizes=None,
+        ablations=["zero"],
+        toward=None,
+        objective=mg.SteeringObjective(),
+        n_heldout=8,
+        n_controls=20,
+        seed=0,
+        batch_size=64,
+        **SWEPT,
+        **QUIET,
+    ),
+    "steering_cost": lambda w: good(
+        mg.steering_cost,
+        model=w.model,
+        task=PlantedTask(),
+        pairs=w.pairs,
+        steer=w.steer,
+        alphas=[1.0],
+        toward="memorization",
+        split="tune",
+        n_heldout=8,
+        n_controls=20,
+        seed=0,
+        batch_size=64,
         **QUIET,
     ),
     "evaluate_steering": lambda w: good(
@@ -454,6 +492,10 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.neuron_activations": lambda w: good(figures.neuron_activations, neuron=w.neuron),
     "figures.probe_by_layer": lambda w: good(figures.probe_by_layer, report=w.probes),
     "figures.learning_curve": lambda w: good(figures.learning_curve, report=w.probes),
+    "figures.steering_surface": lambda w: good(figures.steering_surface, tuned=made_up.tuned(), shown="heldout_loss"),
+    "figures.steering_cost_curve": lambda w: good(
+        figures.steering_cost_curve, cost=made_up.steering_cost(), against="kl_nats"
+    ),
     "figures.steering_sweep": lambda w: good(
         figures.steering_sweep, rows=w.rows, chosen=None, site=None, positions=None
     ),
@@ -525,6 +567,16 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "write_report": lambda w: good(mg.write_report, directory=w.taken),
     "NeuronScores.save": lambda w: good(w.scores.save, directory="saved"),
     "NeuronScores.load": lambda w: good(mg.NeuronScores.load, path="saved"),
+    "TunedSteering.save": lambda w: good(made_up.tuned().save, directory="saved"),
+    "TunedSteering.load": lambda w: good(mg.TunedSteering.load, path="saved"),
+    "TunedSteering.choose": lambda w: good(made_up.tuned().choose, objective=mg.SteeringObjective()),
+    "TunedSteering.value": lambda w: good(made_up.tuned().value, row=w.rows[0]),
+    "SteeringObjective": lambda w: good(
+        mg.SteeringObjective, other=1.0, heldout_loss=1.0, heldout_loss_to_memorization=0.0, ties=1.0
+    ),
+    "SteeringObjective.value": lambda w: good(mg.SteeringObjective().value, row=w.rows[0], toward=None),
+    "SteeringCost.save": lambda w: good(made_up.steering_cost().save, directory="saved"),
+    "SteeringCost.load": lambda w: good(mg.SteeringCost.load, path="saved"),
     "Dynamics.save": lambda w: good(made_up.run_dynamics().save, directory="saved"),
     "Dynamics.load": lambda w: good(mg.Dynamics.load, path="saved"),
 }
@@ -537,6 +589,8 @@ REFUSED = (
     "write_report",
     "NeuronScores.load",
     "Dynamics.load",
+    "SteeringCost.load",
+    "TunedSteering.load",
 )
 
 
@@ -590,7 +644,9 @@ def test_every_public_function_is_tried():
     functions |= {name for name in mg.__all__ if name.endswith("Config")}
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
-    for kind in (mg.Steering, mg.PromptPairs, mg.NeuronScores, mg.Dynamics):
+    functions.add("SteeringObjective")
+    records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
+    for kind in (mg.Steering, mg.PromptPairs, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
         functions |= {

@@ -10,10 +10,12 @@ from memgen_lens.analysis.probing.positions import probe_by_position
 from memgen_lens.analysis.probing.probes import fit_probes
 from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs
+from memgen_lens.analysis.steering.cost import steering_cost
 from memgen_lens.analysis.steering.evaluation import evaluate_steering
 from memgen_lens.analysis.steering.positions import steering_by_position
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
+from memgen_lens.analysis.steering.tune import tune_steering
 
 __all__ = [
     "Steering",
@@ -28,5 +30,7 @@ __all__ = [
     "probe_by_position",
     "record",
     "steering_by_position",
+    "steering_cost",
     "sweep_steering",
+    "tune_steering",
 ]

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from memgen_lens.core.errors import MemgenError, SettingsError, shortened
 from memgen_lens.core.files import user_path
 from memgen_lens.core.settings import MAX_SEED
-from memgen_lens.core.types import Direction, FittedKind, Mode, Positions, Split
+from memgen_lens.core.types import Ablation, Direction, FittedKind, Positions, ScoredMode, Split
 
 MADE_BY = {
     "Activations": "mg.record",
@@ -31,10 +31,13 @@ MADE_BY = {
     "PositionSteering": "mg.steering_by_position",
     "ProbeReport": "mg.fit_probes",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
-    "Steering": "mg.Steering.from_scores or mg.Steering.from_activations",
+    "Steering": "mg.Steering.from_scores and its other from_... methods",
+    "SteeringCost": "mg.steering_cost",
+    "SteeringObjective": "mg.SteeringObjective(...)",
     "SteeringTable": "mg.evaluate_steering",
     "SweepRow": "mg.sweep_steering",
     "TrainConfig": "mg.TrainConfig(...)",
+    "TunedSteering": "mg.tune_steering",
 }
 """Where a user gets what an argument takes."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,6 +78,19 @@ def _index(value: Any) -> Any:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError("whole numbers, one a pair")
     return array.astype(np.int64)
+
+
+def _neurons(value: Any) -> Any:
+    """Neurons by layer and place, ``[neuron, 2]``, or as a mask ``[layer, neuron]``; anything else is refused."""
+    given = isinstance(value, Iterable) and not isinstance(value, np.ndarray | str | bytes)
+    try:
+        array = np.asarray(list(value) if given else value)
+    except (ValueError, TypeError, OverflowError):
+        array = np.array("ragged")
+    pairs = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] == 2
+    if not (pairs or (array.dtype.kind == "b" and array.ndim == 2)) or not array.size:
+        raise ValueError("a list of (layer, neuron), or a boolean mask [layer, neuron]")
+    return array if array.dtype.kind == "b" else array.astype(np.int64)
 
 
 def _task(value: Any) -> Any:
@@ -118,15 +134,19 @@ Layers = Annotated[list[Number0], _Several]
 Indices = Annotated[list[Number0], _AtLeastOne, _Several]
 Counts = Annotated[list[Count], _AtLeastOne, _Several]
 Index = Annotated[Any, BeforeValidator(_index)]
+Neurons = Annotated[Any, BeforeValidator(_neurons)]
 TaskLike = Annotated[Any, BeforeValidator(_task)]
 Callback = Annotated[Callable[..., Any], _Plain]
 SplitName = Annotated[Split, _Plain]
 PairSplitName = Annotated[Literal["select", "tune", "test"], _Plain]
 DirectionName = Annotated[Direction, _Plain]
-ModeName = Annotated[Literal["shift", "patch"], _Plain]
+ModeName = Annotated[ScoredMode, _Plain]
 """Modes for which nothing is fitted."""
 KindName = Annotated[FittedKind, _Plain]
-AnyModeName = Annotated[Mode, _Plain]
+SweptModeName = Annotated[ScoredMode | FittedKind, _Plain]
+"""Modes that are swept: those whose neurons scores choose."""
+SweptModeNames = Annotated[list[SweptModeName], _AtLeastOne, _Several]
+AblationName = Annotated[Ablation, _Plain]
 PositionsName = Annotated[Positions, _Plain]
 PositionsNames = Annotated[list[PositionsName], _AtLeastOne, _Several]
 

@@ -259,6 +259,9 @@ class AnalysisConfig(Settings):
     """Rules fitted on ``select`` and reported beside the shift: what they add depends on the activation of a row."""
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
     """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
+    cost_alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha; none = not
+    measured."""
     n_controls: int = Field(20, ge=20)
     """Draws of each steering control."""
     batch_size: int = Field(2048, ge=1)
@@ -274,7 +277,8 @@ class AnalysisConfig(Settings):
                 fix="Lower either; the paper-like choice is 0.4 and 0.2.",
             )
         unbounded = float("inf")
-        for name, high in {"top_fractions": 1, "alphas": unbounded, "fitted_sizes": unbounded}.items():
+        for name in ("top_fractions", "alphas", "cost_alphas", "fitted_sizes"):
+            high = 1 if name == "top_fractions" else unbounded
             for value in getattr(self, name):
                 if not 0 < value <= high:
                     raise SettingsError(

@@ -14,7 +14,7 @@ from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.core.stats import Rate, wilson
-from memgen_lens.core.steering_records import SteeringRates, SteeringTable
+from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringTable
 from memgen_lens.core.types import Behavior
 
 SCHEMA = 2
@@ -114,13 +114,8 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
                 "memorized_form_ci95": to_memorization.memorized_form["ci95"],
                 **_rates(to_memorization),
             },
-            "side_effects": {
-                "heldout_generalization_steered": effects.heldout_generalization_steered,
-                "kl_nats": effects.kl_nats,
-                "n": effects.n,
-                "n_items": effects.n,
-                **({"why": effects.why} if effects.why else {}),
-            },
+            "side_effects": _effects(effects),
+            **({"by_task": by_task} if (by_task := _tasks(table)) else {}),
         }
 
     return {**one(tables["shift"]), **{mode: one(table) for mode, table in tables.items() if mode != "shift"}}
@@ -145,4 +140,37 @@ def consistency_metrics(halves: SplitHalf, tasks: TaskConsistency | None, why: s
 
 
 def _rates(rates: SteeringRates) -> dict[str, Any]:
-    return {"ci95": rates.shift["ci95"], "other_rate": rates.other["rate"], "controls": rates.controls}
+    return {
+        "ci95": rates.shift["ci95"],
+        "stayed_rate": rates.stayed["rate"],
+        "other_rate": rates.other["rate"],
+        "other_ci95": rates.other.get("ci95"),
+        "other_outputs": list(rates.others),
+        "controls": rates.controls,
+    }
+
+
+def _effects(effects: SideEffects) -> dict[str, Any]:
+    names = ("heldout_generalization_steered", "heldout_generalization_steered_to_memorization")
+    figures = {name: getattr(effects, name) for name in (*names, "kl_nats", "kl_nats_to_memorization")}
+    return {
+        **figures,
+        "ci95": {name: ends for name, ends in effects.ci95.items() if name in figures},
+        "lost": effects.lost,
+        "n": effects.n,
+        "n_items": effects.n if effects.n_items is None else effects.n_items,
+        **({"why": effects.why} if effects.why else {}),
+    }
+
+
+def _tasks(table: SteeringTable) -> dict[str, Any]:
+    """By task of a mixture: both directions' rates, and its held-out prompts."""
+    names = dict.fromkeys([*table.by_task, *table.side_effects.by_task])
+    return {
+        name: {
+            way: {"n": rates.n, "n_items": rates.n_items, "shift_rate": rates.shift["rate"], **_rates(rates)}
+            for way, rates in table.by_task.get(name, {}).items()
+        }
+        | ({"side_effects": _effects(table.side_effects.by_task[name])} if name in table.side_effects.by_task else {})
+        for name in names
+    }

@@ -39,6 +39,8 @@ OWN_FILES = (
     "pairs.jsonl",
     "probes.json",
     "steering.json",
+    "steering_cost.json",
+    "tuned.json",
     "consistency.json",
     "dynamics.json",
     "neurons.json",

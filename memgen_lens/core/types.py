@@ -34,14 +34,23 @@ class Behavior(StrEnum):
 Direction = Literal["generalization", "memorization"]
 """Which behaviour steering pushes towards."""
 
-Positions = Literal["answer", "prompt", "all"]
-"""Where steering acts: from the answer position on (the paper), at the answer position alone, or everywhere."""
+Positions = Literal["answer", "prompt", "generated", "all"]
+"""Where steering acts: from the answer position on (the paper), at the answer position alone, behind it alone (at what
+is generated), or everywhere."""
 
 FittedKind = Literal["clusters", "low_rank"]
 """Rules fitted on recorded activations: what they add depends on the activation that a row has."""
 
-Mode = Literal["shift", "patch", "clusters", "low_rank"]
-"""How neurons are changed: by one shift, by the paired prompt's values, or by a fitted rule (`FittedKind`)."""
+ScoredMode = Literal["shift", "scale", "clamp", "ablate", "patch"]
+"""What is done to neurons that scores choose: a shift, a factor, the other behaviour's mean, an ablation (`Ablation`),
+or the paired prompt's values."""
+
+Mode = Literal["shift", "scale", "clamp", "ablate", "patch", "direction", "clusters", "low_rank"]
+"""How neurons are changed: as scores choose (`ScoredMode`), by one vector a layer, or by a fitted rule
+(`FittedKind`)."""
+
+Ablation = Literal["zero", "mean", "resample"]
+"""What ablated neurons are set to: 0, their mean, or the values that they have on another prompt."""
 
 Split = Literal["memorized", "rephrased", "heldout", "validation"]
 """Prompts of a designed task that are asked about (generic training prompts are drawn, not listed)."""

@@ -32,10 +32,16 @@ class Intervention:
     Attributes:
         changes: By full hook-point name (of `BLOCK_SITES`), what is done there at the newest position.
         first_only: At the prompt's last position alone; else at every generated one too.
+        later_only: At the generated positions alone.
     """
 
     changes: dict[str, Change]
     first_only: bool = False
+    later_only: bool = False
+
+    def at(self, *, first: bool) -> dict[str, Change]:
+        """What is done at the newest position, which is the prompt's last (``first``) or a generated one."""
+        return {} if (self.later_only if first else self.first_only) else self.changes
 
 
 def can_change(hooks: list[str]) -> bool:
@@ -153,8 +159,7 @@ class _State:
         """The most likely token behind the newest one of each row."""
         blocks, n_layers = self.blocks, self.blocks.cfg.n_layers
         require_room(position + 1, blocks.cfg.n_ctx, prompt_length=self.prompt_length)
-        changes = intervention.changes if first or not intervention.first_only else {}
-        taps = {name: partial(self._changed, change) for name, change in changes.items()}
+        taps = {name: partial(self._changed, change) for name, change in intervention.at(first=first).items()}
         x = blocks.embed(self.words, torch.full_like(self.words, position), {})
         for layer in range(n_layers):
             parts = layer == self.first_layer

@@ -74,21 +74,9 @@ class Passes:
         return self._where[positions]
 
     def _found(self, positions: Positions) -> "At | None":
-        everything = At(self.length, slice(None))
-        if positions == "all":
-            return everything
-        if self.answer is None:
-            return everything if positions == "answer" else None
-        place = self.past + torch.arange(self.length)
-        last = self.answer.cpu()[:, None]
-        chosen = place == last if positions == "prompt" else place >= last
-        columns = chosen.any(0)
-        if not bool(columns.any()):
-            return None
-        if bool((chosen == columns).all()):
-            first = int(columns.long().argmax())
-            return At(self.length, slice(first, first + int(columns.sum())))
-        return At(self.length, chosen)
+        if self.answer is None and positions != "all":
+            return None if positions == "prompt" else At(self.length, slice(None))
+        return positions_from(self.answer, positions, first=self.past, length=self.length)
 
     def enter(self, entered: Tensor, *, past: int, mask: Tensor | None) -> None:
         """Take note of a pass at what enters its first block ``[batch, pos, d_model]``."""
@@ -105,22 +93,15 @@ class Passes:
             if self.prompt_length is not None:
                 self.answer = self._given(len(entered))
         else:
-            self.answer = self._given(len(entered)) if self.prompt_length is not None else self._ends()
+            self.answer = self._ends() if self.prompt_length is None else self._given(len(entered))
 
     def saw_tokens(self, tokens: Any) -> None:
         """Take note of tokens that go in, where they are tokens."""
         self._tokens = tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() else None
 
     def _given(self, batch: int) -> Int[Tensor, " batch"]:
-        lengths = torch.as_tensor(self.prompt_length).reshape(-1)
-        if len(lengths) not in (1, batch) or int(lengths.min()) < 1:
-            raise SettingsError(
-                "steering (prompt_length=...)",
-                expected=f"a length of at least 1, for all rows or for each of {batch}",
-                received=repr(self.prompt_length),
-                fix="Count the positions of each row up to the end of its prompt, padding before it included.",
-            )
-        return (lengths - 1).expand(batch)
+        assert self.prompt_length is not None
+        return given_answers(self.prompt_length, batch)
 
     def _ends(self) -> Int[Tensor, " batch"]:
         """The last position of each row that is no padding: by the mask, else by the pad tokens at its end."""
@@ -143,6 +124,47 @@ class Passes:
                 fix="Call the model with attention_mask=..., or name it: applied(model, prompt_length=...).",
             )
         return self.length - 1 - trailing
+
+
+def given_answers(prompt_length: int | Sequence[int], batch: int) -> Int[Tensor, " batch"]:
+    """The answer position of each row, where the lengths of the prompts are given.
+
+    Raises:
+        SettingsError: There are not as many lengths as rows, or one is below 1.
+    """
+    lengths = torch.as_tensor(prompt_length).reshape(-1)
+    if len(lengths) not in (1, batch) or int(lengths.min()) < 1:
+        raise SettingsError(
+            "steering (prompt_length=...)",
+            expected=f"a length of at least 1, for all rows or for each of {batch}",
+            received=repr(prompt_length),
+            fix="Count the positions of each row up to the end of its prompt, padding before it included.",
+        )
+    return (lengths - 1).expand(batch)
+
+
+def positions_from(
+    answer: Int[Tensor, " batch"] | None, positions: Positions, *, first: int, length: int
+) -> "At | None":
+    """The positions of a pass that are steered; None for none of them.
+
+    Args:
+        answer: The answer position of each row; not needed where all positions are steered.
+        positions: Which of them, seen from the answer position.
+        first: The first position that the pass runs, counted as ``answer`` is.
+        length: Positions that it runs.
+    """
+    if positions == "all" or answer is None:
+        return At(length, slice(None))
+    place, last = first + torch.arange(length), answer.cpu()[:, None]
+    chosen = {"answer": place >= last, "prompt": place == last, "generated": place > last}[positions]
+    columns = chosen.any(0)
+    if not bool(columns.any()):
+        return None
+    if bool((chosen == columns).all()):
+        start = int(columns.long().argmax())
+        return At(length, slice(start, start + int(columns.sum())))
+    return At(length, chosen)
 
 
 @contextmanager

@@ -34,11 +34,11 @@ def plain_model(model: Any, *, call: str) -> Any:
     hf = model.original_model
     with torch.device("meta"):
         plain = type(hf)(copy.deepcopy(hf.config))
-    inside = {_own(name): tensor for name, tensor in hf.state_dict().items()}
+    inside = {own_name(name): tensor for name, tensor in hf.state_dict().items()}
     plain.load_state_dict({name: inside[name] for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     # What no state dict holds, such as the frequencies of rotary positions.
-    buffers = {_own(name): tensor for name, tensor in hf.named_buffers()}
+    buffers = {own_name(name): tensor for name, tensor in hf.named_buffers()}
     for path, module in plain.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
@@ -58,6 +58,6 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _own(name: str) -> str:
+def own_name(name: str) -> str:
     """A tensor's name in the model that a Bridge was put around."""
     return name.replace("._original_component", "")

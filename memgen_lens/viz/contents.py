@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
+from memgen_lens.core.cost_records import FILE as COST
+from memgen_lens.core.cost_records import SteeringCost
 from memgen_lens.core.dynamics_records import FILE as DYNAMICS
 from memgen_lens.core.dynamics_records import Dynamics
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
@@ -19,7 +21,9 @@ from memgen_lens.core.metrics import SCHEMA
 from memgen_lens.core.neuron_records import FILE as NEURONS
 from memgen_lens.core.neuron_records import NeuronRecord, load_neurons
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
-from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
+from memgen_lens.core.steering_records import SteeringTable, SweepRow
+from memgen_lens.core.tuning_records import FILE as TUNED
+from memgen_lens.core.tuning_records import TunedSteering
 from memgen_lens.core.types import Behavior, FittedKind
 
 T = TypeVar("T")
@@ -43,6 +47,8 @@ class RunContents:
         shift: Steering by shifting on ``test``, or None.
         patch: Steering by patching on ``test``, or None.
         fitted: Steering by fitted rules on ``test``, by kind, where somebody has measured it.
+        cost: What the shift reaches against what it costs, strength by strength, where somebody has measured it.
+        tuned: What `memgen_lens.tune_steering` tried and chose, where somebody has saved it here.
         halves: Agreement of two halves of the pairs, or None.
         tasks: The tasks of a mixture compared, or None.
         dynamics: Measurements over the checkpoints, where somebody has made them.
@@ -63,6 +69,8 @@ class RunContents:
     shift: SteeringTable | None
     patch: SteeringTable | None
     fitted: dict[str, SteeringTable]
+    cost: SteeringCost | None
+    tuned: TunedSteering | None
     halves: SplitHalf | None
     tasks: TaskConsistency | None
     dynamics: Dynamics | None
@@ -114,14 +122,16 @@ def read_run(directory: str | Path) -> RunContents:
         scores=_scores(directory, metrics.get("attribution") or {}),
         neurons=load_neurons(directory) if (directory / NEURONS).exists() else (),
         probes=_optional(directory / "probes.json", why["probe"], read_json, _probes),
-        sweep=_rebuild(path, _each(_sweep_row), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
-        shift=None if why["shift"] else _rebuild(path, _table, tables["shift"]),
-        patch=None if why["patch"] else _rebuild(path, _table, tables["patch"]),
+        sweep=_rebuild(path, _each(SweepRow.from_json), [*steering.get("tune", ()), *steering.get("by_layer", ())]),
+        shift=None if why["shift"] else _rebuild(path, SteeringTable.from_json, tables["shift"]),
+        patch=None if why["patch"] else _rebuild(path, SteeringTable.from_json, tables["patch"]),
         fitted={
-            kind: _rebuild(path, _table, steering[kind])
+            kind: _rebuild(path, SteeringTable.from_json, steering[kind])
             for kind in get_args(FittedKind)
             if not _why(steering.get(kind))
         },
+        cost=SteeringCost.load(directory) if (directory / COST).exists() else None,
+        tuned=TunedSteering.load(directory) if (directory / TUNED).exists() else None,
         halves=_rebuild(beside, SplitHalf.from_json, compared["split_half"]) if compared else None,
         tasks=_rebuild(beside, TaskConsistency.from_json, tasks) if tasks and not why["across_tasks"] else None,
         dynamics=Dynamics.load(directory) if (directory / DYNAMICS).exists() else None,
@@ -184,27 +194,3 @@ def _probes(value: Any) -> ProbeReport:
 def _probe_scores(value: Any) -> ProbeScores:
     intervals = {name: tuple(value[name]) for name in ("auroc_ci95", "accuracy_ci95")}
     return ProbeScores(**{**value, **intervals})
-
-
-def _table(value: Any) -> SteeringTable:
-    return SteeringTable(
-        setting=SteeringSetting(**value["setting"]),
-        n_neurons_by_layer=tuple(value["n_neurons_by_layer"]),
-        to_generalization=_rates(value["to_generalization"]),
-        to_memorization=_rates(value["to_memorization"]),
-        side_effects=SideEffects(**value["side_effects"]),
-        predicted=value.get("predicted"),
-    )
-
-
-def _rates(value: Any) -> SteeringRates:
-    return SteeringRates(**{**value, "examples": tuple(value["examples"])})
-
-
-def _sweep_row(value: Any) -> SweepRow:
-    layers = value["layers"]
-    changed = {
-        "setting": SteeringSetting(**value["setting"]),
-        "layers": None if layers is None else tuple(layers),
-    }
-    return SweepRow(**{**value, **changed})

@@ -41,6 +41,7 @@ from memgen_lens.viz.theme import (
     over_neurons,
     themed,
 )
+from memgen_lens.viz.tuning_figures import steering_cost_curve, steering_surface
 
 __all__ = [
     "adapter_overlap",
@@ -61,7 +62,9 @@ __all__ = [
     "split_half",
     "steering_by_layer",
     "steering_by_position",
+    "steering_cost_curve",
     "steering_rates",
+    "steering_surface",
     "steering_sweep",
     "steering_transfer",
     "task_overlap",

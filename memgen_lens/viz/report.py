@@ -25,6 +25,7 @@ from memgen_lens.viz import figures, wording
 from memgen_lens.viz.contents import RunContents, read_run
 from memgen_lens.viz.neuron_page import neuron_facts
 from memgen_lens.viz.rendering import figure_html, listed, template
+from memgen_lens.viz.steering_tables import effect_rows, other_outputs, rate_rows, task_rows
 from memgen_lens.viz.theme import BEHAVIOR_COLORS
 
 EXAMPLES = 3
@@ -73,7 +74,10 @@ def render(run: RunContents) -> str:
         neurons=[neuron_facts(neuron) for neuron in run.neurons],
         tables=tables,
         halves=run.halves.summary() if run.halves is not None else None,
-        steering_rows={mode: _steering_rows(table) for mode, table in tables.items()},
+        steering_rows={mode: rate_rows(table) for mode, table in tables.items()},
+        others=[block for mode, table in tables.items() for block in other_outputs(mode, table)],
+        effects=[row for mode, table in tables.items() for row in effect_rows(mode, table)],
+        by_task={mode: rows for mode, table in tables.items() if (rows := task_rows(table))},
         sweep_rows=_best_rows(run),
         toward=((run.config.get("settings") or {}).get("analysis") or {}).get("toward"),
         settings=_settings(run.config),
@@ -114,6 +118,10 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
     restricted = [row for row in run.sweep if row.layers is not None]
     if restricted:
         yield "layers", figures.steering_by_layer(restricted)
+    if run.cost is not None:
+        yield "cost", figures.steering_cost_curve(run.cost)
+    if run.tuned is not None:
+        yield "surface", figures.steering_surface(run.tuned)
     if run.dynamics is not None:
         yield "dynamics", figures.dynamics(run.dynamics)
     if run.halves is not None:
@@ -202,33 +210,6 @@ def _tables(run: RunContents) -> dict[str, SteeringTable]:
     """What was measured on the test pairs, by mode."""
     tables = {"shift": run.shift, "patch": run.patch, **run.fitted}
     return {mode: table for mode, table in tables.items() if table is not None}
-
-
-def _steering_rows(table: SteeringTable) -> list[dict[str, Any]]:
-    """The numbers of the steering figure: the steered rates, then a line a control, for both directions."""
-    rows = []
-    for side in (table.to_generalization, table.to_memorization):
-        steered = {
-            "rate": side.shift.get("rate"),
-            "ci95": side.shift.get("ci95"),
-            "form": side.memorized_form,
-        }
-        others = {"other": side.other.get("rate"), "stayed": side.stayed.get("rate")}
-        n = wording.counted(side.n, side.n_items, " prompts").removeprefix("n = ")
-        rows.append({"toward": side.toward, "name": "steered", "n": n, **steered, **others})
-        for name, control in side.controls.items():
-            form = control.get("memorized_form") or {}
-            n = control.get("n_draws")
-            # One draw has no spread to show.
-            drawn, form = (
-                {"rate": block.get("mean"), "ci95": block.get("ci95") if n != 1 else None} for block in (control, form)
-            )
-            drawn["why"] = control.get("why")
-            draws = "" if n is None else "1 draw" if n == 1 else f"{n} draws"
-            if n is not None and name != "random_sign" and control.get("overlap"):
-                draws += f", {wording.percent(control['overlap'])} of the neurons shared"
-            rows.append({"toward": side.toward, "name": name, "n": draws, "form": form, **drawn})
-    return rows
 
 
 def _best_rows(run: RunContents) -> list[tuple[SweepRow, bool]]:

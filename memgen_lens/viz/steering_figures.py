@@ -17,7 +17,7 @@ from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.steering_records import SteeringRates, SteeringSetting, SteeringTable, SweepRow
-from memgen_lens.core.types import Mode, Positions
+from memgen_lens.core.types import Ablation, Mode, Positions
 from memgen_lens.viz.theme import (
     BEHAVIOR_COLORS,
     INK,
@@ -64,7 +64,7 @@ def steering_rates(table: SteeringTable) -> go.Figure:
     figure.update_xaxes(title_text="share of prompts", row=2, col=1)
     height = 190 + 34 * sum(1 + len(side.controls) for side in sides)
     return themed(
-        figure, f"{table.setting.mode.replace('_', '-').capitalize()}: {_describe(table.setting)}", height=height
+        figure, f"{_mode(table.setting).replace('_', '-').capitalize()}: {_describe(table.setting)}", height=height
     )
 
 
@@ -224,25 +224,39 @@ def steering_sweep(
             figure.add_shape(type="rect", **frame, line={"width": 3, "color": INK}, row=number, col=1)
     figure.update_xaxes(type="category", showgrid=False, ticks="")
     figure.update_yaxes(type="category", showgrid=False, ticks="", title_text="top fraction")
-    unit = "abs(NMD)" if all(size is None for _, size, _ in columns) else "abs(NMD), or of what a rule says"
-    figure.update_xaxes(title_text=f"alpha (multiples of {unit})", row=3, col=1)
+    modes = {mode for mode, *_, alpha in columns if alpha is not None}
+    unit = " (multiples of abs(NMD))" if modes <= {"shift"} else " (multiples of abs(NMD), or of what a rule says)"
+    # Of a scale, or a direction, alpha is a multiple of something else.
+    unit = unit if modes <= {"shift", "clusters", "low_rank"} else ""
+    figure.update_xaxes(title_text=f"alpha{unit}", row=3, col=1)
     title = f"Sweep: {escape(wanted[0])}, positions “{wanted[1]}” ({counted(grid[0].n, grid[0].n_items)})"
     return themed(figure, title, height=170 + 3 * (44 + 30 * len(fractions)))
 
 
-def _column(setting: SteeringSetting) -> tuple[Mode, int | None, float | None]:
-    return setting.mode, setting.size, setting.alpha
+Column = tuple[Mode, Ablation | None, int | None, float | None]
+"""Mode, how neurons are ablated, size of a rule, and alpha."""
 
 
-def _order(column: tuple[Mode, int | None, float | None]) -> tuple[int, int, float]:
-    mode, size, alpha = column
-    return ("shift", "clusters", "low_rank", "patch").index(mode), size or 0, alpha or 0.0
+def _column(setting: SteeringSetting) -> Column:
+    return setting.mode, setting.how, setting.size, setting.alpha
 
 
-def _label(mode: Mode, size: int | None, alpha: float | None) -> str:
+def _order(column: Column) -> tuple[int, str, int, float]:
+    mode, how, size, alpha = column
+    modes = ("shift", "scale", "direction", "clusters", "low_rank", "clamp", "ablate", "patch")
+    return modes.index(mode), how or "", size or 0, alpha or 0.0
+
+
+def _label(mode: Mode, how: Ablation | None, size: int | None, alpha: float | None) -> str:
     if alpha is None:
-        return "patch"
-    return f"{alpha:g}" if size is None else f"{rule_of(mode, size)}: {alpha:g}"
+        return mode if how is None else f"{mode} ({how})"
+    if size is not None:
+        return f"{rule_of(mode, size)}: {alpha:g}"
+    return f"{alpha:g}" if mode == "shift" else f"{mode}: {alpha:g}"
+
+
+def _mode(setting: SteeringSetting) -> str:
+    return setting.mode if setting.how is None else f"{setting.mode} ({setting.how})"
 
 
 def _place(setting: SteeringSetting) -> tuple[str, str]:
@@ -296,4 +310,5 @@ def _describe(setting: SteeringSetting) -> str:
     """A setting in a few words."""
     alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
     rule = "" if setting.size is None else f", {rule_of(setting.mode, setting.size)}"
-    return f"{escape(setting.site)}, top {100 * setting.top_fraction:g} %{alpha}{rule}"
+    chosen = f"top {100 * setting.top_fraction:g} %" if setting.chosen is None else escape(setting.chosen)
+    return f"{escape(setting.site)}, {chosen}{alpha}{rule}"

@@ -75,7 +75,8 @@ def describe(setting: SteeringSetting) -> str:
     """A steering setting in words."""
     alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
     rule = "" if setting.size is None else f" by {rule_of(setting.mode, setting.size)}"
-    return f"the top {percent(setting.top_fraction)} of {setting.site} neurons{rule}{alpha}"
+    chosen = f"top {percent(setting.top_fraction)}" if setting.chosen is None else setting.chosen
+    return f"the {chosen} of {setting.site} neurons{rule}{alpha}"
 
 
 def verdict(run: RunContents) -> str:
@@ -174,7 +175,14 @@ def _side_effects(table: SteeringTable) -> str:
     opposite = effects.heldout_generalization_steered_to_memorization
     other = "" if opposite is None else f", the opposite shift to {percent(opposite)}"
     change = f"from {percent(before)} to {percent(after)}{kl}{other}"
-    return f"On held-out prompts the same shift takes generalization {change}."
+    lost = effects.lost.get("generalization")
+    if lost is None:
+        return f"On held-out prompts the same shift takes generalization {change}."
+    gained = lost["loss"] < 0
+    low, high = sorted(-end if gained else end for end in lost["ci95"])
+    ends = interval((low, high)).replace("-", "\N{MINUS SIGN}")
+    loss = f"{percent(abs(lost['loss']))} {'gained' if gained else 'lost'} {ends}"
+    return f"On held-out prompts the same shift takes generalization {change}: {loss}."
 
 
 def key_figures(run: RunContents) -> list[KeyFigure]:

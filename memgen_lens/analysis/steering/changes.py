@@ -28,13 +28,35 @@ def shift_change(shifts: Float[Tensor, "copy neuron"]) -> Change:
     return change
 
 
-def patch_change(rows: Float[Tensor, "prompt neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
-    """Put the source rows' values in where a copy's mask is true."""
+def scale_change(factors: Float[Tensor, "copy neuron"]) -> Change:
+    """Multiply by each copy's factors."""
+
+    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
+        nonlocal factors
+        factors = factors.to(h.device)
+        return h * (factors[0] if len(factors) == 1 else factors.index_select(0, copy))
+
+    return change
+
+
+def set_change(values: Float[Tensor, "copy neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
+    """Put each copy's values in where its mask is true."""
+
+    def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
+        nonlocal values, masks
+        values, masks = values.to(h.device), masks.to(h.device)
+        return torch.where(masks[copy], values[copy].to(h.dtype), h)
+
+    return change
+
+
+def patch_change(rows: Float[Tensor, "source neuron"], masks: Bool[Tensor, "copy neuron"]) -> Change:
+    """Put the source rows' values in where a copy's mask is true; prompts beyond the rows begin anew."""
 
     def change(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
         nonlocal rows, masks
         rows, masks = rows.to(h.device), masks.to(h.device)
-        return torch.where(masks[copy], rows[prompt].to(h.dtype), h)
+        return torch.where(masks[copy], rows[prompt % len(rows)].to(h.dtype), h)
 
     return change
 

@@ -3,31 +3,30 @@
 Does not choose the steering.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
 
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.controls import control_draws, controls_of
-from memgen_lens.analysis.steering.generation import steered_outputs
+from memgen_lens.analysis.steering.controls import NO_SIGN, control_draws, controls_of
+from memgen_lens.analysis.steering.judged import Judged, judged_outputs
+from memgen_lens.analysis.steering.side_effects import side_effects
 from memgen_lens.analysis.steering.steering import Steering
-from memgen_lens.behavior import answer_tokens, observe_items
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.stats import Rate, mean_of_draws, wilson
-from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringTable
+from memgen_lens.core.steering_records import SteeringRates, SteeringTable
 from memgen_lens.core.types import Behavior, Direction, LensModel
 from memgen_lens.models.guard import lens_model
-from memgen_lens.models.step import forward, rows_at_once
-from memgen_lens.models.tokens import in_batches
 
 N_EXAMPLES = 6
+N_OTHERS = 5
+"""Kinds of other outputs that a table shows, those said most often."""
 
 
 @arguments(
@@ -56,11 +55,17 @@ def evaluate_steering(
     """What a steering does, both ways, on pairs that neither ranked its neurons nor chose its setting.
 
     ``to_generalization``: the recalling prompts, steered towards generalization; ``to_memorization``: the computing
-    prompts, steered towards memorization. The controls change as many neurons in each layer by the same multiset of
-    magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho)) and
-    ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row to
-    other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
-    whose partners are of other items (`memgen_lens.analysis.steering.controls`).
+    prompts, steered towards memorization. The controls change as many neurons in each layer in the same way, by the
+    same multiset of magnitudes: ``random_neurons`` (the papers' control), ``low_correlation`` (the smallest abs(rho))
+    and ``random_sign`` (the selected neurons, random signs). Of a fitted rule they write what the rule says about a row
+    to other neurons of that row, or with other signs; beside them stands ``shuffled_items``, the rule fitted on pairs
+    whose partners are of other items. Of a direction there is ``random_direction``, of the same norm
+    (`memgen_lens.analysis.steering.controls` says what each is in each mode).
+
+    The cost stands beside: what else is said (``other``, with the outputs said most often), and on the task's held-out
+    prompts the accuracy lost and the KL divergence of the next token. In a mixture whose pairs are of several tasks,
+    ``by_task`` has all of it for each: a steering found on one task alone
+    (``attribute(acts.of_task(name), site)``) is judged on the others so.
 
     Args:
         model: A HookedTransformer.
@@ -94,76 +99,62 @@ def evaluate_steering(
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     rng = np.random.default_rng(seed)
     controls = {name: control_draws(steer, name, n_controls, rng) for name in controls_of(steer)}
-    rates = {
-        toward: _rates(model, judge, index, steer, controls, toward=toward, batch_size=batch_size)
-        for toward in ("generalization", "memorization")
-    }
+    steerings = [steer, *(draw for draws in controls.values() for draw in draws)]
+    ways: tuple[Direction, Direction] = ("generalization", "memorization")
+    judged = {way: judged_outputs(model, judge, index, steerings, toward=way, batch_size=batch_size) for way in ways}
+    rates = {way: _rates(judge, judged[way], steer, controls) for way in ways}
+    names = [item.task for item in judge.side("generalization", index)]
+    tasks = list(dict.fromkeys(names)) if len(set(names)) > 1 else []
+    of = {name: np.flatnonzero([task == name for task in names]) for name in tasks}
     return SteeringTable(
         setting=steer.setting,
         n_neurons_by_layer=tuple(int(n) for n in steer.selected.sum(1)),
         to_generalization=rates["generalization"],
         to_memorization=rates["memorization"],
-        side_effects=_side_effects(model, task, steer, batch_size=batch_size, progress=progress),
+        side_effects=side_effects(model, task, steer, seed=seed, batch_size=batch_size, progress=progress),
         predicted=None if steer.rules is None else steer.rules.predicted(steer.selected),
+        by_task={
+            name: {
+                f"to_{way}": replace(_rates(judge, judged[way].of(mine), steer, controls), examples=()) for way in ways
+            }
+            for name, mine in of.items()
+        },
     )
 
 
-def _rates(
-    model: LensModel,
-    judge: Judge,
-    index: Int[np.ndarray, " index"],
-    steer: Steering,
-    controls: dict[str, list[Steering]],
-    *,
-    toward: Direction,
-    batch_size: int,
-) -> SteeringRates:
-    items = judge.side(toward, index)
-    aim = Behavior(toward)
-    stay = Behavior.MEMORIZATION if aim is Behavior.GENERALIZATION else Behavior.GENERALIZATION
-    outputs = steered_outputs(
-        model,
-        [item.prompt for item in items],
-        [steer, *(draw for draws in controls.values() for draw in draws)],
-        toward=toward,
-        max_new_tokens=judge.max_new_tokens,
-        pairs=index,
-        batch_size=batch_size,
-        prepend_bos=judge.pairs.prepend_bos,
-        progress=judge.progress,
-    )
-    behaviors = [[judge.behavior(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
-    forms = [[judge.has_memorized_form(i, o) for i, o in zip(items, row, strict=True)] for row in outputs]
+def _rates(judge: Judge, judged: Judged, steer: Steering, controls: dict[str, list[Steering]]) -> SteeringRates:
+    """Rates of one direction; the first row is the steering's, then come the draws of each control."""
+    items, behaviors, forms = judged.items, judged.behavior, judged.form
     n_selected = int(steer.selected.sum())
     table: dict[str, dict[str, Any]] = {}
     first = 1
     for name, draws in controls.items():
-        rows = range(first, first + len(draws))
+        rows = slice(first, first + len(draws))
         first += len(draws)
         if not draws:
-            table[name] = {"mean": None, "ci95": None, "why": "patched values have no sign to draw"}
+            table[name] = {"mean": None, "ci95": None, "why": NO_SIGN[steer.setting.mode]}
             continue
-        shares = [np.mean([b is aim for b in behaviors[row]]) for row in rows]
         table[name] = {
-            **mean_of_draws(shares),
-            "memorized_form": mean_of_draws([np.mean(forms[row]) for row in rows]),
+            **mean_of_draws(np.mean(behaviors[rows] == judged.aim, axis=1)),
+            "memorized_form": mean_of_draws(np.mean(forms[rows], axis=1)),
+            "other": mean_of_draws(np.mean(behaviors[rows] == Behavior.OTHER, axis=1)),
             # Where most of a layer is selected, most of any random draw is selected too: a control then says little.
             "overlap": float(np.mean([draw.selected[steer.selected].sum() for draw in draws])) / max(n_selected, 1),
         }
     independent = same_items(items)
 
-    def rate(hits: Sequence[bool]) -> dict[str, Any]:
-        return _plain(wilson(hits, independent))
+    def rate(hits: Any) -> dict[str, Any]:
+        return plain_rate(wilson(hits, independent))
 
-    before = "memorized_answer" if toward == "generalization" else "rule_answer"
+    before = "memorized_answer" if judged.toward == "generalization" else "rule_answer"
     return SteeringRates(
-        toward=toward,
+        toward=judged.toward,
         n=len(items),
         n_items=len(set(independent)),
-        shift=rate([b is aim for b in behaviors[0]]),
+        shift=rate(behaviors[0] == judged.aim),
         memorized_form=rate(forms[0]),
-        stayed=rate([b is stay for b in behaviors[0]]),
-        other=rate([b is Behavior.OTHER for b in behaviors[0]]),
+        stayed=rate(behaviors[0] == judged.stay),
+        other=rate(behaviors[0] == Behavior.OTHER),
         controls=table,
         examples=tuple(
             {
@@ -172,57 +163,22 @@ def _rates(
                 "after": judge.said(output),
                 "behavior": str(behavior),
             }
-            for item, output, behavior in list(zip(items, outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]
+            for item, output, behavior in list(zip(items, judged.outputs[0], behaviors[0], strict=True))[:N_EXAMPLES]
         ),
+        others=_others(judge, judged),
     )
 
 
-def _side_effects(
-    model: LensModel, task: Any | None, steer: Steering, *, batch_size: int, progress: bool
-) -> SideEffects:
-    """Accuracy and next-token distribution on held-out generic prompts, unsteered and steered."""
-    if task is None or steer.setting.mode == "patch":
-        why = (
-            "a user's pairs name no held-out prompts" if task is None else "held-out prompts have no pair to patch from"
-        )
-        return SideEffects(0, None, None, None, None, why)
-    items = task.items("heldout")
-    prompts = [item.prompt for item in items]
-
-    def accuracy(toward: Direction) -> Rate:
-        outputs = steered_outputs(
-            model,
-            prompts,
-            [steer],
-            toward=toward,
-            max_new_tokens=answer_tokens(model, task),
-            batch_size=batch_size,
-            progress=progress,
-        )[0]
-        return wilson([task.classify(i, o) is Behavior.GENERALIZATION for i, o in zip(items, outputs, strict=True)])
-
-    unsteered = observe_items(model, task, items, batch_size=batch_size, progress=progress)
-    return SideEffects(
-        n=len(items),
-        heldout_generalization=wilson([o.behavior is Behavior.GENERALIZATION for o in unsteered]).rate,
-        heldout_generalization_steered=accuracy("generalization").rate,
-        heldout_generalization_steered_to_memorization=accuracy("memorization").rate,
-        kl_nats=float(np.mean(_kl(model, prompts, steer, batch_size=batch_size))),
+def _others(judge: Judge, judged: Judged) -> tuple[dict[str, Any], ...]:
+    """The outputs under the steering itself that are neither answer: those said most often, the first of equals."""
+    rows = zip(judged.outputs[0], judged.behavior[0], judged.form[0].tolist(), strict=True)
+    said = Counter((judge.said(output), form) for output, behavior, form in rows if behavior is Behavior.OTHER)
+    return tuple(
+        {"output": output, "count": count, "memorized_form": form}
+        for (output, form), count in said.most_common(N_OTHERS)
     )
 
 
-@torch.inference_mode()
-def _kl(model: LensModel, prompts: Sequence[str], steer: Steering, *, batch_size: int) -> Float[np.ndarray, " prompt"]:
-    """KL(unsteered || steered towards generalization) of the next-token distribution, in nats, one a prompt."""
-    divergences = np.empty(len(prompts))
-    for whole in in_batches(model, prompts, batch_size=batch_size):
-        for batch in whole.parts(rows_at_once(model, whole.tokens.shape[1], cached=False)):
-            plain = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
-            with steer.applied(model, toward="generalization"):
-                changed = forward(model, batch.tokens, batch.mask).double().log_softmax(-1)
-            divergences[batch.index] = (plain.exp() * (plain - changed)).sum(-1).cpu().numpy()
-    return divergences
-
-
-def _plain(rate: Rate) -> dict[str, Any]:
+def plain_rate(rate: Rate) -> dict[str, Any]:
+    """A rate as plain values."""
     return {"rate": rate.rate, "ci95": list(rate.ci95), "k": rate.k, "n": rate.n, "n_items": rate.n_items}

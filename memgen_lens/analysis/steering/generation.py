@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from memgen_lens.analysis.steering.steering import Steering, steering_changes, steering_hooks
+from memgen_lens.analysis.steering.intervention import drawn_pairs, steering_changes, steering_hooks
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core.progress import progress_bar
-from memgen_lens.core.types import Direction, LensModel, Mode, Positions
+from memgen_lens.core.types import Direction, LensModel, Positions
 from memgen_lens.fast.decoding import Intervention, can_change, greedy_copies
 from memgen_lens.fast.support import is_plain
 from memgen_lens.models.cache import Past
@@ -49,7 +50,8 @@ def steered_outputs(
         steerings: Any number, of any sites.
         toward: The behaviour to push towards.
         max_new_tokens: Tokens generated at most.
-        pairs: In patch mode, the source pair of each prompt.
+        pairs: The source pair of each prompt, where values are taken from pairs (patched or resampled ones); prompts
+            that are resampled without them take the draws in their order.
         batch_size: Rows (steerings x prompts) in one forward pass at most.
         use_cache: Keep keys and values while generating; without, the outputs are the same and slower.
         prepend_bos: See `memgen_lens.complete`.
@@ -63,7 +65,7 @@ def steered_outputs(
     """
     require_lens_model(model, call="steering")
     # A prompt with several rephrasings stands in several pairs, and says the same in all of them, unless it is patched.
-    patched = pairs is not None and any(steering.setting.mode == "patch" for steering in steerings)
+    patched = pairs is not None and any(steering.source is not None for steering in steerings)
     keys = list(zip(prompts, np.asarray(pairs).tolist(), strict=True)) if patched else list(prompts)
     distinct = {key: place for place, key in reversed(list(enumerate(keys)))}
     kept = sorted(distinct.values())
@@ -101,15 +103,11 @@ class _Asked:
 
     def completed(self) -> Iterator[Completed]:
         """Everything, in any order; steerings of one kind together."""
-        kinds: dict[tuple[str, Mode, int, Positions], list[int]] = {}
-        for i, steering in enumerate(self.steerings):
-            setting = steering.setting
-            kind = (setting.site, setting.mode, id(steering.source), setting.positions)
-            kinds.setdefault(kind, []).append(i)
         plain = self.use_cache and is_plain(self.model)
         fast, own = [], []
-        for (site, _, _, positions), members in kinds.items():
-            goes = plain and positions != "all" and can_change(site_hooks(self.model, site))
+        for members in alike(self.steerings):
+            setting = self.steerings[members[0]].setting
+            goes = plain and setting.positions != "all" and can_change(site_hooks(self.model, setting.site))
             (fast if goes else own).append(members)
         yield from self._fast(fast) if fast else ()
         yield from self._own(own) if own else ()
@@ -122,14 +120,16 @@ class _Asked:
                 for block in in_blocks(members, self.batch_size // len(index)):
                     steerings, pairs = self._of(block, index)
                     changes = steering_changes(self.model, steerings, toward=self.toward, pairs=pairs)
-                    first_only = steerings[0].setting.positions == "prompt"
+                    positions = steerings[0].setting.positions
                     new = greedy_copies(
                         self.model,
                         tokens,
                         copies=len(block),
                         max_new_tokens=self.max_new_tokens,
                         eos=self.model.tokenizer.eos_token_id,
-                        intervention=Intervention(changes, first_only=first_only),
+                        intervention=Intervention(
+                            changes, first_only=positions == "prompt", later_only=positions == "generated"
+                        ),
                     )
                     yield index, block, new.flatten(0, 1)
 
@@ -162,8 +162,10 @@ class _Asked:
 
     def _of(self, block: Sequence[int], index: Sequence[int]) -> tuple[list[Steering], np.ndarray | None]:
         """Some steerings, and the source pairs of some prompts."""
-        pairs = None if self.pairs is None else np.asarray(self.pairs)[list(index)]
-        return [self.steerings[i] for i in block], pairs
+        steerings = [self.steerings[i] for i in block]
+        if self.pairs is None:
+            return steerings, drawn_pairs(steerings[0], index)
+        return steerings, np.asarray(self.pairs)[list(index)]
 
 
 def completed_copies(
@@ -193,7 +195,8 @@ def completed_copies(
     here: list[At | None] = [None]
 
     def before(step: int, span: slice) -> None:
-        first = span.start if positions == "all" else max(answer, span.start)
+        begin = answer + 1 if positions == "generated" else answer
+        first = span.start if positions == "all" else max(begin, span.start)
         stop = min(answer + 1, span.stop) if positions == "prompt" else span.stop
         chosen = slice(first - span.start, stop - span.start)
         here[0] = At(span.stop - span.start, chosen) if first < stop else None
@@ -208,6 +211,16 @@ def completed_copies(
             past=None if past is None else past.repeated(copies, room=max_new_tokens),
             before=before,
         )
+
+
+def alike(steerings: Sequence[Steering]) -> list[list[int]]:
+    """Places of the steerings of each kind, which can ride in one batch."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for i, steering in enumerate(steerings):
+        setting, taken = steering.setting, (id(steering.source), id(steering.draw))
+        kind = (setting.site, setting.positions, setting.mode, steering.selected.shape, taken)
+        kinds.setdefault(kind, []).append(i)
+    return list(kinds.values())
 
 
 def in_blocks(members: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.recording.positions import aligned_tokens, held_positions, lengths_of, tokens_at
-from memgen_lens.analysis.steering.steering import Steering, steering_hooks
+from memgen_lens.analysis.steering.intervention import drawn_pairs, steering_hooks
+from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.dynamics_records import RateSeries
@@ -58,8 +59,8 @@ def steering_by_position(
     """What a steering does, both ways, that acts at one position of the prompt and nowhere else.
 
     Positions are counted from the end of each prompt: the last is the answer position, where the steering's numbers
-    come from and where ``positions="prompt"`` steers. Elsewhere the same is added that would be there. Nothing is
-    steered in what is generated. A position that only some prompts have is judged on these.
+    come from and where ``positions="prompt"`` steers. Elsewhere the same is added, or set, that would be there. Nothing
+    is steered in what is generated. A position that only some prompts have is judged on these.
 
     Args:
         model: A lens model, left without hooks also after an exception.
@@ -83,7 +84,7 @@ def steering_by_position(
     if steer.setting.mode == "patch":
         raise SettingsError(
             CALL,
-            expected="a steering that shifts, or a fitted rule",
+            expected="a steering of any mode but this",
             received="mode='patch'",
             fix="Patch by position with patching_map.",
         )
@@ -159,7 +160,9 @@ class _Asked:
             # With a cache the prompt is run once; without, it is run anew at each step, with what was generated.
             here[0] = At(span.stop, pad(chosen.flatten(0, 1), (0, span.stop - width))) if span.start == 0 else None
 
-        hooks = steering_hooks(self.model, [self.steer], toward=toward, at=lambda: here[0])
+        drawn = drawn_pairs(self.steer, batch.index)
+        pairs = None if drawn is None else np.tile(drawn, copies)
+        hooks = steering_hooks(self.model, [self.steer], toward=toward, pairs=pairs, at=lambda: here[0])
         with self.model.hooks(fwd_hooks=hooks):
             new = greedy_tokens(
                 self.model,

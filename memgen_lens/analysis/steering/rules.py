@@ -16,7 +16,7 @@ from sklearn.model_selection import GroupKFold
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.analysis.steering.fitted import RIDGES, Clusters, LowRank, RowRule, weights
 from memgen_lens.core.errors import PairsError, SettingsError
-from memgen_lens.core.records import Activations
+from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.types import Direction, FittedKind
 
 N_FOLDS = 5
@@ -121,6 +121,11 @@ class SiteFits:
         seed: Seed of k-means.
         call: The call that refuses.
 
+    Attributes:
+        recorded: Activations of the ``select`` pairs.
+        items: The item of each of them.
+        shape: Layers and neurons.
+
     Raises:
         PairsError: ``select`` holds fewer than 8 pairs, or one item only.
         SettingsError: There are more clusters than items, or a larger rank than items or neurons.
@@ -130,13 +135,9 @@ class SiteFits:
 
     def __init__(self, acts: Activations, site: str, *, kind: FittedKind, size: int, seed: int, call: str) -> None:
         recorded, index = acts.site(site), acts.pairs.of("select")
-        self.kind: FittedKind = kind
-        self.size, self.shape = size, recorded.memorized.shape[1:]
-        self._seed = seed
-        self._recorded, self._items = recorded.take(index), acts.pairs.item[index]
-        sides = [self._recorded.memorized, self._recorded.generalized]
-        require_finite(call, site, sides, acts.pairs.take(index))
-        n_items, n_neurons = len(np.unique(self._items)), self.shape[1]
+        self._set(recorded.take(index), acts.pairs.item[index], kind, size, seed)
+        require_finite(call, site, [self.recorded.memorized, self.recorded.generalized], acts.pairs.take(index))
+        n_items, n_neurons = len(np.unique(self.items)), self.shape[1]
         if n_items < 2:
             raise PairsError(
                 call,
@@ -153,25 +154,41 @@ class SiteFits:
                 received=str(size),
                 fix=f"Lower {name}.",
             )
+
+    @classmethod
+    def again(
+        cls, recorded: SiteActivations, items: Int[np.ndarray, " row"], *, kind: FittedKind, size: int, seed: int
+    ) -> "SiteFits":
+        """The fits of rows that were fitted on before: the select pairs' activations, and the item of each."""
+        fits = cls.__new__(cls)
+        fits._set(recorded, items, kind, size, seed)
+        return fits
+
+    def _set(
+        self, recorded: SiteActivations, items: Int[np.ndarray, " row"], kind: FittedKind, size: int, seed: int
+    ) -> None:
+        self.recorded, self.items, self.shape = recorded, items, recorded.memorized.shape[1:]
+        self.kind: FittedKind = kind
+        self.size, self.seed = size, seed
         self._fits: dict[tuple[Direction, int], LayerFit] = {}
 
     def of(self, toward: Direction, layer: int) -> LayerFit:
         """The fit of one layer towards one behaviour: on the activations of the side that shows the other one."""
         if (toward, layer) not in self._fits:
-            own, other = self._recorded.memorized[:, layer], self._recorded.generalized[:, layer]
+            own, other = self.recorded.memorized[:, layer], self.recorded.generalized[:, layer]
             own, other = (own, other) if toward == "generalization" else (other, own)
-            how: Any = {"kind": self.kind, "size": self.size, "seed": self._seed}
-            self._fits[toward, layer] = LayerFit(own, other, self._items, **how)
+            how: Any = {"kind": self.kind, "size": self.size, "seed": self.seed}
+            self._fits[toward, layer] = LayerFit(own, other, self.items, **how)
         return self._fits[toward, layer]
 
     def other_partners(self, rng: np.random.Generator) -> Int[np.ndarray, " pair"]:
         """For each pair the pair of another item, items in a random circle: no item keeps its own partners."""
-        items = rng.permutation(np.unique(self._items))
+        items = rng.permutation(np.unique(self.items))
         next_of = dict(zip(items.tolist(), np.roll(items, -1).tolist(), strict=True))
-        pairs_of = {item: rng.permutation(np.flatnonzero(self._items == item)) for item in items.tolist()}
+        pairs_of = {item: rng.permutation(np.flatnonzero(self.items == item)) for item in items.tolist()}
         taken = dict.fromkeys(next_of, 0)
-        partner = np.empty(len(self._items), dtype=np.int64)
-        for row, item in enumerate(self._items.tolist()):
+        partner = np.empty(len(self.items), dtype=np.int64)
+        for row, item in enumerate(self.items.tolist()):
             there = pairs_of[next_of[item]]
             partner[row] = there[taken[item] % len(there)]
             taken[item] += 1

@@ -1,103 +1,131 @@
-"""Steer a model at inference time through hooks: shift neurons, patch them, or add what a fitted rule says.
+"""Make a steering: of scores, of what a rule fitted on activations says, of directions; keep one, and read it again.
 
 Does not choose its settings (see `sweep`) nor judge what it does (see `evaluation`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Int
 
-from memgen_lens.analysis.steering.changes import known_pairs, patch_change, rule_change, shift_change
-from memgen_lens.analysis.steering.hooks import change_hooks
+from memgen_lens.analysis.steering.by_direction import ByDirection
+from memgen_lens.analysis.steering.intervention import steering_changes
+from memgen_lens.analysis.steering.intervention import steering_hooks as steering_hooks
 from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, Rules, SiteFits, best_predicted
-from memgen_lens.analysis.steering.selection import strongest
+from memgen_lens.analysis.steering.saving import load_steering, save_steering
+from memgen_lens.analysis.steering.selection import Choice, strongest
+from memgen_lens.analysis.steering.values import values_for, wrong_shape
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import SettingsError, SiteError
-from memgen_lens.core.records import Activations, NeuronScores, SiteActivations
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.steering_records import SteeringSetting
-from memgen_lens.core.types import Direction, FittedKind, LensModel, Mode, Positions
-from memgen_lens.fast.decoding import Change
+from memgen_lens.core.types import Ablation, FittedKind, LensModel, Positions, ScoredMode
+from memgen_lens.models.fingerprint import Fingerprint
 from memgen_lens.models.guard import lens_model
-from memgen_lens.models.passes import At, watched_passes
-from memgen_lens.models.sites import site_hooks
 
 
 @dataclass(frozen=True)
-class Steering:
-    """Which neurons of one site are changed, and to what.
+class Steering(ByDirection):
+    """Which neurons of one site are changed, and to what, by the mode of its ``setting``.
 
-    ``"shift"`` (arXiv 2412.18497 v2, sec. 5): ``h_i <- h_i + s * alpha * sign(rho_i) * abs(nmd_i)`` with
-    ``s = +1`` towards memorization and ``-1`` towards generalization. ``"patch"``: the neurons take the values they
-    have at the answer position of the paired prompt (activation patching restricted to neurons). Two more depend on the
-    activation that a row has (`from_activations`).
+    ``s`` is +1 towards memorization and -1 towards generalization; ``h`` is the activation of a selected neuron.
 
-    Attributes:
-        setting: What was asked for.
-        scores: The scores the neurons were chosen by.
-        selected: The neurons that are changed.
-        shift: In shift mode, what is added towards memorization; 0 elsewhere, and everywhere in other modes.
-        source: In patch mode, the site's activations to patch from.
-        rules: What is added given the activation, where that was fitted.
+    ========== ========================================================================================================
+    shift      ``h + s * alpha * sign(rho) * abs(nmd)`` (arXiv 2412.18497 v2, sec. 5)
+    scale      ``(1 + alpha) h`` towards the behaviour that the neuron speaks for, ``max(0, 1 - alpha) h`` towards the
+               other; at alpha 1 that doubles neurons or silences them, as Dai et al. do (arXiv 2104.08696, sec. 4.2).
+               A neuron speaks for the side on which its mean over ``select`` is farther from 0; without ``source`` for
+               that of its rho's sign, which is the same where no activation is below 0
+    clamp      the neuron's mean over ``select`` on the side of the behaviour steered towards
+    ablate     the same in both directions: 0 (``how="zero"``); its mean over both sides of ``select`` (``"mean"``); or
+               its value on a prompt of another item of ``select``, of either side, drawn once for each pair, all
+               neurons from one prompt (``"resample"``)
+    patch      its value at the answer position of the paired prompt (activation patching restricted to neurons)
+    direction  ``h + s * alpha * v`` with one vector ``v`` a layer (`from_direction`, `from_mean_difference`,
+               `from_sae`)
+    clusters,  what a rule says that looks at the activations of the layer (`from_activations`)
+    low_rank
+    ========== ========================================================================================================
+
+    Values come from the answer position. Where neurons are set to values at generated positions too, these are what
+    they were there.
     """
-
-    setting: SteeringSetting
-    scores: NeuronScores
-    selected: Bool[np.ndarray, "layer neuron"]
-    shift: Float[np.ndarray, "layer neuron"]
-    source: SiteActivations | None = None
-    rules: Rules | None = None
 
     @classmethod
     @arguments(
         "Steering.from_scores",
         scores=kinds.one(NeuronScores),
-        top_fraction=kinds.Share,
+        top_fraction=kinds.Share | None,
         alpha=kinds.Positive,
         mode=kinds.ModeName,
         source=kinds.one(Activations) | None,
+        how=kinds.AblationName | None,
+        top_k=kinds.Count | None,
+        max_q=kinds.Share | None,
+        neurons=kinds.Neurons | None,
+        per_layer=kinds.Flag,
         layers=kinds.Layers | None,
         positions=kinds.PositionsName | None,
+        seed=kinds.Seed,
     )
     def from_scores(
         cls,
         scores: NeuronScores,
-        top_fraction: float = 0.1,
+        top_fraction: float | None = None,
         alpha: float = 2.0,
         *,
-        mode: Mode = "shift",
+        mode: ScoredMode = "shift",
         source: Activations | None = None,
+        how: Ablation | None = None,
+        top_k: int | None = None,
+        max_q: float | None = None,
+        neurons: Sequence[tuple[int, int]]
+        | Int[np.ndarray, "neuron 2"]
+        | Bool[np.ndarray, "layer neuron"]
+        | None = None,
+        per_layer: bool = False,
         layers: int | Sequence[int] | None = None,
         positions: Positions | None = None,
+        seed: int = 0,
     ) -> "Steering":
-        """Steer the neurons with the largest abs(score): of abs(rho), unless `attribute` was given another method.
+        """Steer neurons that scores choose; by default the tenth with the largest abs(score), which is abs(rho).
 
-        Of a causal method's scores the largest above 0: there the neuron's value on the recalled prompt makes for the
-        memorized answer, so that a shift towards it does too. Where fewer are above 0, fewer are steered.
+        Of a causal method's scores (see `memgen_lens.attribute`) the largest above 0: there the neuron's value on the
+        recalled prompt makes for the memorized answer, so that a shift towards it does too. Where fewer are above 0,
+        fewer are steered.
 
         Args:
             scores: Scores of one site.
-            top_fraction: Share of the site's neurons, over all its layers, in (0, 1].
-            alpha: Multiple of abs(nmd), above 0; not used in patch mode.
-            mode: ``"shift"`` or ``"patch"``.
-            source: Recorded activations to patch from; patch mode needs them.
-            layers: Steer in this layer or these only; the neurons are still ranked over all.
+            top_fraction: Share of the site's neurons with the largest abs(score), in (0, 1]; 0.1 where neurons are not
+                chosen in another way.
+            alpha: Strength, above 0; not used where neurons are set to values (clamp, ablate, patch).
+            mode: See `Steering`.
+            source: Recorded activations; a clamp, a patch, and an ablation but by 0 need them, a scale may use them.
+            how: Of an ablation, ``"zero"`` (default), ``"mean"`` or ``"resample"``.
+            top_k: In place of ``top_fraction``: so many neurons.
+            max_q: Or all neurons whose q is at most this, in (0, 1].
+            neurons: Or these: a list of (layer, neuron), or a boolean mask.
+            per_layer: Take the fraction or number of each layer, not of all layers together.
+            layers: Steer in this layer or these only; the neurons are still ranked as without it.
             positions: ``"answer"`` (default): the answer position and every generated one. ``"prompt"``: the answer
-                position alone (all that can be patched, as only there activations are recorded). ``"all"``: everywhere.
+                position alone (all that can be patched, as only there activations of the pair are recorded).
+                ``"generated"``: the generated ones alone. ``"all"``: everywhere.
+            seed: Draws what is resampled.
 
         Raises:
-            SettingsError: A value is out of range, or the mode and the other arguments are at odds.
-            SiteError: ``source`` lacks the scores' site.
+            SettingsError: A value is out of range, neurons are chosen in two ways, or the mode and the other arguments
+                are at odds.
+            SiteError: ``source`` lacks the scores' site, or has another shape there.
+            PairsError: ``select`` holds fewer than 8 pairs of ``source``, or one item only where values are resampled.
+            ModelError: An activation is not finite.
         """
         call = "Steering.from_scores"
-        selected = strongest(scores, top_fraction, layers, call=call)
+        choice = Choice(top_fraction, top_k, max_q, _as_array(neurons), per_layer, layers)
+        selected = choice.mask(scores, call=call)
         if mode == "patch" and (source is None or positions not in (None, "prompt")):
             raise SettingsError(
                 call,
@@ -105,21 +133,23 @@ class Steering:
                 received=f"source={'None' if source is None else '...'}, positions={positions!r}",
                 fix="Activations are recorded at the answer position alone, so only there can they be patched.",
             )
+        if how is not None and mode != "ablate":
+            raise SettingsError(
+                f"{call}(how=...)", expected="mode='ablate' with it", received=f"mode={mode!r}", fix="Leave out how."
+            )
+        how = how or ("zero" if mode == "ablate" else None)
+        values = values_for(scores, alpha, mode, source, how, seed, call=call)
         shift = alpha * np.sign(scores.rho) * np.abs(scores.nmd) * selected
-        patching = mode == "patch"
-        return cls(
-            setting=SteeringSetting(
-                scores.site,
-                top_fraction,
-                None if patching else alpha,
-                "prompt" if patching else positions or "answer",
-                mode,
-            ),
-            scores=scores,
-            selected=selected,
-            shift=np.zeros_like(shift) if patching else shift,
-            source=source.site(scores.site) if source is not None and patching else None,
+        setting = SteeringSetting(
+            site=scores.site,
+            top_fraction=(top_fraction or 0.1) if choice.words is None else float(selected.mean()),
+            alpha=alpha if mode in ("shift", "scale") else None,
+            positions="prompt" if mode == "patch" else positions or "answer",
+            mode=mode,
+            how=how,
+            chosen=choice.words,
         )
+        return cls(setting, scores, selected, shift if mode == "shift" else np.zeros_like(shift), **vars(values))
 
     @classmethod
     @arguments(
@@ -188,47 +218,43 @@ class Steering:
         fits = SiteFits(acts, scores.site, kind=kind, size=size, seed=seed, call=call)
         return by_rules(fits, scores, top_fraction, alpha, layers=layers, positions=positions, call=call)
 
-    @arguments(
-        "Steering.applied",
-        model=lens_model("Steering.applied"),
-        toward=kinds.DirectionName,
-        pairs=kinds.Indices | None,
-        prompt_length=kinds.Counts | None,
-    )
-    @contextmanager
-    def applied(
-        self,
-        model: LensModel,
-        *,
-        toward: Direction,
-        pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
-        prompt_length: int | Sequence[int] | None = None,
-    ) -> Iterator[LensModel]:
-        """Steer every forward pass inside the ``with`` block; plain hooks, gone at its end, also after an exception.
+    @arguments("Steering.fitted_to", model=lens_model("Steering.fitted_to"))
+    def fitted_to(self, model: LensModel) -> "Steering":
+        """The steering of this model and no other: steering another one is an error that says what differs.
 
-        Each row is steered at its own answer position: the last one of its prompt that is no padding. A pass that goes
-        on from a cache, or that runs the pass before and one more token, is a step of a generation.
-
-        Args:
-            model: A lens model; call it, or its ``generate``, as ever.
-            toward: The behaviour to push towards.
-            pairs: In patch mode, the source pair of each row of the batch; default: pair p for row p.
-            prompt_length: Positions of the prompt, padding before it counted; of all rows or of each. Needed where
-                answers are fed in behind the prompts. Default: a prompt ends where the attention mask does, or before
-                the pad tokens that a row ends in.
-
-        Yields:
-            The model, steered.
+        See `memgen_lens.models.fingerprint.Fingerprint.of` for what is told apart.
 
         Raises:
-            SiteError: The model lacks the site, or has another shape there than the scores.
-            SettingsError: ``toward`` is not a behaviour to steer towards.
-            ModelError: The model is compiled or no lens model; or (when it is run) where a prompt ends cannot be known.
+            SiteError: The model lacks the site, or has another number of layers there.
         """
-        with watched_passes(model, prompt_length=prompt_length) as passes:
-            at = partial(passes.where, self.setting.positions)
-            with model.hooks(fwd_hooks=steering_hooks(model, [self], toward=toward, pairs=pairs, at=at)):
-                yield model
+        fitted = replace(self, fingerprint=None)
+        steering_changes(model, [fitted], toward="memorization")
+        return replace(fitted, fingerprint=Fingerprint.of(model))
+
+    @arguments("Steering.save", directory=kinds.place("Steering.save"), model=lens_model("Steering.save") | None)
+    def save(self, directory: str | Path, *, model: LensModel | None = None) -> Path:
+        """Write ``steering.json`` and ``steering.safetensors`` into a directory and return its path.
+
+        Args:
+            directory: A folder, made where there is none.
+            model: The model that it is for, whose fingerprint is saved (`fitted_to`); without one, that of
+                ``fitted_to`` before, or none: then only the site's shape tells models apart.
+
+        Raises:
+            RunDirectoryError: It cannot be written, or somebody else's file is there.
+            SiteError: See `fitted_to`.
+        """
+        return save_steering(self if model is None else self.fitted_to(model), Path(directory))
+
+    @classmethod
+    @arguments("Steering.load", directory=kinds.place("Steering.load"))
+    def load(cls, directory: str | Path) -> "Steering":
+        """Read what `save` wrote.
+
+        Raises:
+            RunDirectoryError: A file is missing or damaged, or of a later version.
+        """
+        return cls(**load_steering(Path(directory)))
 
 
 def by_rules(
@@ -243,7 +269,7 @@ def by_rules(
 ) -> Steering:
     """What `Steering.from_activations` gives, of rules that many settings share."""
     if fits.shape != scores.rho.shape:
-        raise _wrong_shape(scores.site, "x".join(map(str, scores.rho.shape)), "x".join(map(str, fits.shape)))
+        raise wrong_shape(scores.site, "x".join(map(str, scores.rho.shape)), "x".join(map(str, fits.shape)))
     selected = strongest(scores, top_fraction, layers, call=call)
     if layers is None:
         selected &= (np.arange(len(selected)) == best_predicted(fits, selected))[:, None]
@@ -256,89 +282,5 @@ def by_rules(
     )
 
 
-def steering_hooks(
-    model: LensModel,
-    steerings: Sequence[Steering],
-    *,
-    toward: Direction,
-    at: Callable[[], At | None],
-    pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
-) -> list[tuple[Any, Callable[..., Any]]]:
-    """Hooks for several steerings of one site and mode at once, which ride in the batch dimension.
-
-    Args:
-        model: A lens model.
-        steerings: One for every row, or one for each of as many equal blocks of rows, block after block.
-        toward: See `Steering.applied`.
-        at: Asked in each hook for the positions of the running forward pass that are changed; None for none.
-        pairs: See `Steering.applied`; of the rows of one block.
-
-    Raises:
-        SiteError: The model lacks the site, or has another shape there than the scores; or (when it is run) the site
-            has no row for each position.
-    """
-    source = steerings[0].source
-    n_sources = None if source is None else len(source.memorized if pairs is None else pairs)
-    changes = steering_changes(model, steerings, toward=toward, pairs=pairs)
-    return change_hooks(changes, at=at, n_copies=len(steerings), n_sources=n_sources)
-
-
-def steering_changes(
-    model: LensModel,
-    steerings: Sequence[Steering],
-    *,
-    toward: Direction,
-    pairs: Sequence[int] | Int[np.ndarray, " row"] | None = None,
-) -> dict[str, Change]:
-    """What several steerings of one site and mode do to rows of each hook point that any of them changes.
-
-    Args:
-        model: See `steering_hooks`.
-        steerings: Which of them a row is steered by, its ``copy`` tells.
-        toward: See `Steering.applied`.
-        pairs: In patch mode, the source pair of each prompt.
-
-    Raises:
-        SiteError: The model lacks the site, or has another shape there than the scores.
-    """
-    first = steerings[0]
-    hooks = site_hooks(model, first.setting.site)
-    if len(hooks) != len(first.selected):
-        raise _wrong_shape(first.setting.site, f"{len(first.selected)} layers", f"{len(hooks)}")
-    sign = 1.0 if toward == "memorization" else -1.0
-
-    def change_of(layer: int) -> Change:
-        if first.rules is not None:
-            rules = [s.rules for s in steerings if s.rules is not None]
-            change = rule_change(
-                [rule.towards[toward][layer] for rule in rules],
-                np.stack([rule.gain[layer] for rule in rules]),
-                np.stack([rule.taken_from[layer] for rule in rules]),
-            )
-        elif first.source is None:
-            shifts = np.stack([sign * s.shift[layer] for s in steerings])
-            change = shift_change(torch.as_tensor(shifts, dtype=torch.float32))
-        else:
-            side = first.source.generalized if toward == "generalization" else first.source.memorized
-            rows = side[np.arange(len(side)) if pairs is None else known_pairs(pairs, len(side)), layer]
-            masks = np.stack([s.selected[layer] for s in steerings])
-            change = patch_change(torch.as_tensor(rows), torch.as_tensor(masks))
-
-        def checked(h: Tensor, copy: Tensor, prompt: Tensor) -> Tensor:
-            if h.shape[1] != first.selected.shape[1]:
-                raise _wrong_shape(first.setting.site, f"{first.selected.shape[1]} neurons", f"{h.shape[1]}")
-            return change(h, copy, prompt)
-
-        return checked
-
-    changed = np.flatnonzero(np.any([s.selected.any(1) for s in steerings], axis=0))
-    return {hooks[layer]: change_of(layer) for layer in changed.tolist()}
-
-
-def _wrong_shape(site: str, expected: str, received: str) -> SiteError:
-    return SiteError(
-        f"steering site {site!r}",
-        expected=f"a model with {expected} there, as in the scores",
-        received=received,
-        fix="Score this very model: attribute(record(model, ...), site).",
-    )
+def _as_array(neurons: Any) -> Any:
+    return None if neurons is None else np.asarray(neurons)

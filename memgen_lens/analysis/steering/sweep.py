@@ -3,24 +3,23 @@
 Does not touch the test pairs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from memgen_lens.analysis.recording.judge import Judge
-from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, SiteFits
-from memgen_lens.analysis.steering.steering import Steering, by_rules
+from memgen_lens.analysis.steering.grid import Candidate, candidates
+from memgen_lens.analysis.steering.judged import judged_outputs
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.items import same_items
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.steering_records import SweepRow
-from memgen_lens.core.types import Behavior, Direction, LensModel, Mode, Positions
+from memgen_lens.core.tuning_records import SteeringObjective, choose
+from memgen_lens.core.types import Ablation, Behavior, Direction, FittedKind, LensModel, Positions, ScoredMode
 from memgen_lens.models.guard import lens_model
 
 
@@ -33,8 +32,9 @@ from memgen_lens.models.guard import lens_model
     alphas=kinds.Positives,
     layers=kinds.several(kinds.Layers | None),
     positions=kinds.PositionsNames,
-    mode=kinds.AnyModeName,
+    mode=kinds.SweptModeName,
     source=kinds.one(Activations) | None,
+    how=kinds.AblationName | None,
     sizes=kinds.several(kinds.Count) | None,
     seed=kinds.Seed,
     split=kinds.PairSplitName,
@@ -52,8 +52,9 @@ def sweep_steering(
     alphas: Sequence[float] = (2.0,),
     layers: Sequence[Sequence[int] | None] = (None,),
     positions: Sequence[Positions] = ("answer",),
-    mode: Mode = "shift",
+    mode: ScoredMode | FittedKind = "shift",
     source: Activations | None = None,
+    how: Ablation | None = None,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
     split: PairSplit = "tune",
@@ -71,13 +72,14 @@ def sweep_steering(
         pairs: Prompt pairs.
         scores: Scores of one site or of several.
         top_fractions: Fractions of a site's neurons, each in (0, 1].
-        alphas: Multiples of abs(nmd), or of what a fitted rule says, each above 0; not used in patch mode.
+        alphas: Strengths, each above 0; not used where neurons are set to values (clamp, ablate, patch).
         layers: Layer restrictions to try; None = all layers (of a fitted rule: the one layer that it chooses).
         positions: Positions to try; patch mode has ``"prompt"`` only.
-        mode: ``"shift"``, ``"patch"``, ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
-        source: Recorded activations; all modes but ``"shift"`` need them.
+        mode: A mode of `Steering.from_scores`, or ``"clusters"`` or ``"low_rank"`` (`Steering.from_activations`).
+        source: Recorded activations; `Steering.from_scores` says which modes need them, fitted rules do.
+        how: Of an ablation, what neurons are set to.
         sizes: Numbers of clusters or ranks to try of a fitted rule. Default: that of `Steering.from_activations`.
-        seed: Seed of k-means.
+        seed: Seed of k-means, and of what is resampled.
         split: Pairs to sweep on.
         batch_size: Rows in one forward pass.
         use_cache: Keep keys and values while generating.
@@ -92,138 +94,91 @@ def sweep_steering(
         SiteError: ``source`` lacks a site.
     """
     sites = [scores] if isinstance(scores, NeuronScores) else scores
-    if mode == "patch":
-        alphas, positions = (1.0,), ("prompt",)
-    combinations = [
-        (of(fraction, alpha, chosen, position), None if chosen is None else tuple(chosen))
-        for of in _makers(sites, mode, source, sizes, seed)
-        for position in positions
-        for chosen in layers
-        for fraction in top_fractions
-        for alpha in alphas
-    ]
+    tried = candidates(
+        sites,
+        mode=mode,
+        source=source,
+        how=how,
+        sizes=sizes,
+        seed=seed,
+        top_fractions=top_fractions,
+        alphas=alphas,
+        layers=layers,
+        positions=positions,
+        call="sweep_steering",
+    )
     judge = Judge.of(model, task, pairs, batch_size=batch_size, progress=progress)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
+    return swept_rows(model, judge, index, tried, batch_size=batch_size, use_cache=use_cache)
 
-    def outcomes(toward: Direction) -> tuple[np.ndarray, np.ndarray]:
-        """Behaviours and memorized forms, ``[setting, prompt]``."""
-        items = judge.side(toward, index)
-        outputs = steered_outputs(
-            model,
-            [item.prompt for item in items],
-            [steering for steering, _ in combinations],
-            toward=toward,
-            max_new_tokens=judge.max_new_tokens,
-            pairs=index,
-            batch_size=batch_size,
-            use_cache=use_cache,
-            prepend_bos=pairs.prepend_bos,
-            progress=progress,
-        )
-        # Most settings make a prompt say one of a few things: each is judged once.
-        said = [dict.fromkeys(answers) for answers in zip(*outputs, strict=True)]
-        judged = [
-            {output: (judge.behavior(item, output), judge.has_memorized_form(item, output)) for output in answers}
-            for item, answers in zip(items, said, strict=True)
-        ]
-        rows = [[known[output] for known, output in zip(judged, row, strict=True)] for row in outputs]
-        return (
-            np.array([[behavior for behavior, _ in row] for row in rows], dtype=object),
-            np.array([[form for _, form in row] for row in rows]),
-        )
 
-    computed, _ = outcomes("generalization")
-    recalled, forms = outcomes("memorization")
+def swept_rows(
+    model: LensModel,
+    judge: Judge,
+    index: Int[np.ndarray, " index"],
+    tried: Sequence[Candidate],
+    *,
+    batch_size: int,
+    use_cache: bool = True,
+) -> tuple[SweepRow, ...]:
+    """The rates of each setting on some pairs, both ways; many settings share a forward pass.
+
+    Args:
+        model: A lens model.
+        judge: The pairs, with how outputs are judged.
+        index: Which of the pairs.
+        tried: The settings.
+        batch_size: Rows in one forward pass.
+        use_cache: Keep keys and values while generating.
+    """
+    steerings = [candidate.steering for candidate in tried]
+    how = {"batch_size": batch_size, "use_cache": use_cache}
+    computed = judged_outputs(model, judge, index, steerings, toward="generalization", **how).behavior
+    back = judged_outputs(model, judge, index, steerings, toward="memorization", **how)
+    recalled, forms = back.behavior, back.form
+    n_items = len(set(same_items(judge.side("generalization", index))))
     return tuple(
         SweepRow(
-            setting=steering.setting,
-            layers=chosen,
+            setting=candidate.steering.setting,
+            layers=candidate.layers,
             n=len(index),
-            n_items=len(set(same_items(judge.side("generalization", index)))),
+            n_items=n_items,
             to_generalization=float(np.mean(computed[i] == Behavior.GENERALIZATION)),
             to_generalization_other=float(np.mean(computed[i] == Behavior.OTHER)),
             to_memorization=float(np.mean(recalled[i] == Behavior.MEMORIZATION)),
             memorized_form=float(np.mean(forms[i])),
             to_memorization_other=float(np.mean((recalled[i] == Behavior.OTHER) & ~forms[i])),
+            method=candidate.method,
+            share=candidate.share,
         )
-        for i, (steering, chosen) in enumerate(combinations)
+        for i, candidate in enumerate(tried)
     )
-
-
-_Make = Callable[[float, float, Sequence[int] | None, Positions], Steering]
-"""From fraction, alpha, layers and positions."""
-
-
-def _makers(
-    sites: Sequence[NeuronScores], mode: Mode, source: Activations | None, sizes: Sequence[int] | None, seed: int
-) -> Iterator[_Make]:
-    """What makes the steerings of each site and size; a rule is fitted once for all of them."""
-    if mode == "shift" or mode == "patch":
-        for score in sites:
-            yield partial(_plain, score, mode, source)
-        return
-    if source is None:
-        raise SettingsError(
-            "sweep_steering",
-            expected=f"source=record(...) with mode={mode!r}",
-            received="source=None",
-            fix="A rule is fitted on recorded activations.",
-        )
-    for score in sites:
-        for size in sizes or (DEFAULT_SIZE[mode],):
-            fits = SiteFits(source, score.site, kind=mode, size=size, seed=seed, call="sweep_steering")
-            yield partial(_fitted, score, fits)
-
-
-def _plain(
-    score: NeuronScores,
-    mode: Mode,
-    source: Activations | None,
-    fraction: float,
-    alpha: float,
-    layers: Sequence[int] | None,
-    positions: Positions,
-) -> Steering:
-    return Steering.from_scores(score, fraction, alpha, mode=mode, source=source, layers=layers, positions=positions)
-
-
-def _fitted(
-    score: NeuronScores,
-    fits: SiteFits,
-    fraction: float,
-    alpha: float,
-    layers: Sequence[int] | None,
-    positions: Positions,
-) -> Steering:
-    return by_rules(fits, score, fraction, alpha, layers=layers, positions=positions, call="sweep_steering")
 
 
 @arguments(
     rows=kinds.several(kinds.one(SweepRow)),
     toward=kinds.DirectionName | None,
+    objective=kinds.one(SteeringObjective) | None,
 )
-def choose_setting(rows: Sequence[SweepRow], *, toward: Direction | None = None) -> SweepRow:
+def choose_setting(
+    rows: Sequence[SweepRow], *, toward: Direction | None = None, objective: SteeringObjective | None = None
+) -> SweepRow:
     """The setting with the largest shift rate minus the rate of other outputs, summed over both directions.
 
     Towards memorization, an output in memorized form counts as shifted: where the memorized answers are random
     strings, one shift shared by all prompts cannot carry which string is whose, and exact recall would choose nothing.
     (Where the answers have no form of their own, form and exact recall are the same thing to `SweepRow`.) Settings
     within one item of the best in either direction count as equals, and among equals the gentlest is chosen, the
-    smallest fraction times alpha: a harder push than needed is what makes controls and side effects worse.
+    smallest share of neurons times alpha: a harder push than needed is what makes controls and side effects worse.
 
     Args:
         rows: What `sweep_steering` gave.
         toward: Count this direction alone: one shift shared by all prompts may turn one answer into the other and be
             unable to turn it back, where the prompts' other answers have nothing in common.
+        objective: What a setting is worth instead; see `memgen_lens.SteeringObjective`. (A plain sweep measures no
+            held-out loss, which then counts as none: `memgen_lens.tune_steering` does.)
 
     Raises:
         SettingsError: There are no rows.
     """
-
-    def gain(row: SweepRow) -> float:
-        return row.gain if toward is None else row.gain_toward(toward)
-
-    n_directions = 2 if toward is None else 1
-    best = max(map(gain, rows))
-    equals = [row for row in rows if gain(row) >= best - n_directions / row.n_items - 1e-9]
-    return min(equals, key=lambda row: (row.setting.top_fraction * (row.setting.alpha or 1.0), -gain(row)))
+    return choose(rows, objective or SteeringObjective(), toward)

@@ -560,7 +560,7 @@ def test_an_unknown_direction_is_refused(known):
         steer.applied(known.model, toward="recall")
 
 
-@pytest.mark.parametrize(("name", "value"), [("mode", "ablate"), ("positions", "last")])
+@pytest.mark.parametrize(("name", "value"), [("mode", "erase"), ("positions", "last")])
 def test_an_unknown_mode_or_place_is_refused(known, name, value):
     with pytest.raises(SettingsError, match=rf"{name}.*{value}"):
         Steering.from_scores(known.score, **{name: value})
