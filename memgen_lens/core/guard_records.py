@@ -26,7 +26,8 @@ class ChosenThreshold:
         threshold: Predicted probability from which on a prompt is steered, in [0, 1].
         false_trigger_rate: What was asked for, in [0, 1).
         caught: ``{"rate", "ci95", "k", "n", "n_items"}``: share of the prompts to be steered in ``tune`` that are.
-        triggered: By set (``"tune"``, ``"validation"``), share of the prompts not to be steered that are.
+        triggered: By set (``"tune"``; ``"validation"``: those answered by the rule), share of the prompts not to be
+            steered that are.
     """
 
     threshold: float
@@ -92,7 +93,8 @@ class GuardTable:
         n_items: Items that they belong to.
         n_heldout: Held-out prompts.
         triggered: By kind of prompt (``"memorized"``, ``"rephrased"``, ``"heldout"``) the share that is steered; of the
-            latter two these are false triggers.
+            latter two these are false triggers. ``"heldout_computing"``: of the held-out prompts that are answered by
+            the rule unsteered, without those that recall what they were never taught.
         policies: ``"none"``, ``"guard"`` and ``"unconditional"``.
         shuffled: What comes of steering as many prompts, drawn at random among all kinds; as a control over draws.
         curve: Other thresholds.

@@ -21,6 +21,7 @@ from memgen_lens.analysis.recording.reading import at_answer_position
 from memgen_lens.analysis.steering.decisions import Decisions, probe_is_late
 from memgen_lens.analysis.steering.steering import Steering, steering_hooks
 from memgen_lens.analysis.steering.threshold import choose_threshold
+from memgen_lens.behavior import observe_items
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError, SiteError
@@ -28,7 +29,7 @@ from memgen_lens.core.guard_records import ChosenThreshold
 from memgen_lens.core.layer_probe import LayerProbe
 from memgen_lens.core.linear_probe import MAX_ITER, fit_probe
 from memgen_lens.core.records import Activations, ProbeReport
-from memgen_lens.core.types import Direction, LensModel
+from memgen_lens.core.types import Behavior, Direction, LensModel
 from memgen_lens.models.guard import lens_model
 from memgen_lens.models.passes import watched_passes
 from memgen_lens.models.sites import hook_of, place_of, site_hooks
@@ -106,11 +107,13 @@ class Guard:
         Of the recorded sites' layers that lie below what is steered, or at it, the one is taken whose probe has the
         smallest cross-validated log-loss on ``select``, folds grouped by item. The threshold is the lowest, in log-odds
         the middle of those that pick the same prompts, at which no more than ``false_trigger_rate`` of the prompts that
-        are not to be steered are: of those of ``tune``, and of the task's ``validation`` prompts, each by itself.
+        are not to be steered are: of those of ``tune``, and of the task's ``validation`` prompts that the model answers
+        by the rule, each by itself. (A model that was taught to recall recalls on some prompts that it never saw; to
+        steer these is no false trigger.)
 
         Args:
             model: The model that the activations were recorded on.
-            task: The task, for its ``validation`` prompts, which compute; None for a user's own pairs.
+            task: The task, for its ``validation`` prompts; None for a user's own pairs.
             acts: Recorded activations of at least one site that can be read in time.
             steering: What the guard is for.
             site: Read this site alone.
@@ -132,11 +135,13 @@ class Guard:
         }
         wanted = of.pop(toward)
         unwanted = {"tune": next(iter(of.values()))}
-        prompts = [] if task is None or toward == "memorization" else [i.prompt for i in task.items("validation")]
-        if prompts:
-            name = hook_of(probe.site, probe.layer)
-            rows = at_answer_position(model, prompts, [name], batch_size=batch_size)[name][:, 0]
-            unwanted["validation"] = probe.log_odds(rows)
+        if task is not None and toward == "generalization":
+            seen = observe_items(model, task, task.items("validation"), batch_size=batch_size, progress=False)
+            prompts = [one.item.prompt for one in seen if one.behavior is Behavior.GENERALIZATION]
+            if prompts:
+                name = hook_of(probe.site, probe.layer)
+                rows = at_answer_position(model, prompts, [name], batch_size=batch_size)[name][:, 0]
+                unwanted["validation"] = probe.log_odds(rows)
         items = acts.pairs.item[tune]
         chosen = choose_threshold(wanted, unwanted, items, false_trigger_rate=false_trigger_rate)
         return cls(probe, steering, chosen.threshold, chosen)

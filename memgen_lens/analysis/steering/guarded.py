@@ -117,7 +117,7 @@ def evaluate_guard(
         n=len(index),
         n_items=len(set(kinds_of["memorized"].items)),
         n_heldout=len(kinds_of["heldout"].items) if task is not None else 0,
-        triggered={name: plain_rate(wilson(rows, kinds_of[name].items)) for name, rows in picked.items()},
+        triggered=_triggered(kinds_of, picked),
         policies={name: _rates(kinds_of, rows) for name, rows in policies.items()},
         shuffled=_shuffled(kinds_of, picked, n_controls, np.random.default_rng(seed)),
         curve=_curve(kinds_of),
@@ -191,6 +191,14 @@ _FIGURES = {
     "harmed": "heldout",
 }
 """What is counted, and of which kind of prompt."""
+
+
+def _triggered(kinds_of: dict[str, _Prompts], picked: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Which share of each kind of prompt is steered."""
+    found = {name: plain_rate(wilson(rows, kinds_of[name].items)) for name, rows in picked.items()}
+    if "heldout" in picked and kinds_of["heldout"].computes[0].any():
+        found["heldout_computing"] = plain_rate(wilson(picked["heldout"][kinds_of["heldout"].computes[0]]))
+    return found
 
 
 def _rates(kinds_of: dict[str, _Prompts], picked: dict[str, np.ndarray]) -> PolicyRates:
