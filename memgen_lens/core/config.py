@@ -259,6 +259,11 @@ class AnalysisConfig(Settings):
     """Rules fitted on ``select`` and reported beside the shift: what they add depends on the activation of a row."""
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
     """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
+    false_trigger_rate: float = Field(0.01, ge=0, lt=1)
+    """Share of computing prompts of ``tune`` and ``validation`` that the guard may steer, in [0, 1)."""
+    mode_and_content: bool = False
+    """Patch computing prompts from recalling ones, by depth and position, and tell mode from content: takes long where
+    prompts or models are."""
     n_controls: int = Field(20, ge=20)
     """Draws of each steering control."""
     batch_size: int = Field(2048, ge=1)

@@ -40,8 +40,8 @@ class ChosenThreshold:
 class PolicyRates:
     """What becomes of the test prompts where all, none or some of them are steered towards generalization.
 
-    Each but ``lost`` is ``{"rate", "ci95", "k", "n", "n_items"}``, or of a control ``{"mean", "ci95", "n_draws"}``; None
-    where there are no held-out prompts.
+    Each but ``lost`` is ``{"rate", "ci95", "k", "n", "n_items"}``, or of a control ``{"mean", "ci95", "n_draws"}``;
+    None where there are no held-out prompts.
 
     Attributes:
         prevented: Share of the recalling prompts that recall no longer.

@@ -81,7 +81,12 @@ class ModeContent:
     def from_json(cls, value: Any) -> "ModeContent":
         """What ``mode_and_content.json`` holds."""
         tokens = value["tokens"]
-        kept = {name: tuple(tokens[name]) for name in ("memorized", "generalized")}
-        shares = {name: np.array(tokens[name], dtype=np.float64) for name in tokens if name.endswith(("share", "ing"))}
-        made = PositionTokens(**kept, **shares, n=np.array(tokens["n"], dtype=np.int64))
+        made = PositionTokens(
+            memorized=tuple(tokens["memorized"]),
+            generalized=tuple(tokens["generalized"]),
+            memorized_share=np.array(tokens["memorized_share"], dtype=np.float64),
+            generalized_share=np.array(tokens["generalized_share"], dtype=np.float64),
+            differing=np.array(tokens["differing"], dtype=np.float64),
+            n=np.array(tokens["n"], dtype=np.int64),
+        )
         return cls(**{**value, "rows": tuple(ModeRow(**row) for row in value["rows"]), "tokens": made})

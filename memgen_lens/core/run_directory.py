@@ -39,6 +39,8 @@ OWN_FILES = (
     "pairs.jsonl",
     "probes.json",
     "steering.json",
+    "guard.json",
+    "mode_and_content.json",
     "consistency.json",
     "dynamics.json",
     "neurons.json",

@@ -3,6 +3,7 @@
 Does not read or change what passes there.
 """
 
+import sys
 from collections.abc import Callable, Collection
 
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
@@ -99,10 +100,10 @@ def hook_of(site: str, layer: int) -> str:
     return get_act_name("normalized", layer, site) if site.startswith("ln") else get_act_name(site, layer)
 
 
-def place_of(hook: str) -> tuple[float, int] | None:
+def place_of(hook: str) -> tuple[int, int] | None:
     """Where in a forward pass a hook point fires: of two, the smaller one first. None where that is not known."""
     block = block_of(hook)
     if block is None or block < 0:
-        return (float("inf"), 0) if block is None else (-1, 0)
+        return (sys.maxsize, 0) if block is None else (-1, 0)
     within = hook.split(".", 2)[2]
     return (block, BLOCK_SITES.index(within)) if within in BLOCK_SITES else None

@@ -35,7 +35,7 @@ from memgen_lens.models.passes import watched_passes
 from memgen_lens.models.sites import hook_of, place_of, site_hooks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Guard:
     """A steering that acts on those prompts alone whose behaviour a probe predicts to be the one steered away from.
 
@@ -61,8 +61,23 @@ class Guard:
     threshold: float
     chosen: ChosenThreshold | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in _checked(probe=self.probe, steering=self.steering, threshold=self.threshold).items():
+    @arguments(
+        "Guard",
+        probe=kinds.one(LayerProbe) | kinds.one(ProbeReport),
+        steering=kinds.one(Steering),
+        threshold=kinds.Probability,
+        chosen=kinds.one(ChosenThreshold) | None,
+    )
+    def __init__(
+        self,
+        probe: LayerProbe | ProbeReport,
+        steering: Steering,
+        threshold: float,
+        chosen: ChosenThreshold | None = None,
+    ) -> None:
+        read = probe.at() if isinstance(probe, ProbeReport) else probe
+        given = {"probe": read, "steering": steering, "threshold": float(threshold), "chosen": chosen}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
         reads, steers = hook_of(self.probe.site, self.probe.layer), _first_steered(self.steering)
         place, first = place_of(reads), place_of(steers)
@@ -206,18 +221,6 @@ class Guard:
             guarded = [(hook, decisions.guarded(hook, steer)) for hook, steer in steering]
             with model.hooks(fwd_hooks=[(name, decisions.read), *guarded]):
                 yield model
-
-
-@arguments(
-    "Guard",
-    probe=kinds.one(LayerProbe) | kinds.one(ProbeReport),
-    steering=kinds.one(Steering),
-    threshold=kinds.Probability,
-)
-def _checked(*, probe: Any, steering: Steering, threshold: float) -> dict[str, Any]:
-    """What a guard is made of, converted."""
-    probe = probe.at() if isinstance(probe, ProbeReport) else probe
-    return {"probe": probe, "steering": steering, "threshold": float(threshold)}
 
 
 def _first_steered(steering: Steering) -> str:

@@ -21,6 +21,7 @@ from memgen_lens.analysis.steering.streams import Patch, patched_outputs, stream
 from memgen_lens.behavior import complete
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
+from memgen_lens.core.errors import PairsError
 from memgen_lens.core.guard_records import plain_rate
 from memgen_lens.core.items import Item, same_items
 from memgen_lens.core.mode_records import ModeContent, ModeRow, Source
@@ -113,7 +114,14 @@ def mode_and_content(
     lengths = [lengths_of(side) for side in tokens]
     others = _others(computing, recalling, *lengths, rng=np.random.default_rng(seed))
     kept = np.flatnonzero(others >= 0)
-    pairs.require(MINIMUM_PAIRS, len(kept), call=CALL)
+    if len(kept) < MINIMUM_PAIRS:
+        raise PairsError(
+            CALL,
+            expected=f"at least {MINIMUM_PAIRS} pairs whose two prompts have equally many tokens, each beside another "
+            "item whose prompt is as long and whose memorized answer is none of the pair's",
+            received=f"{len(kept)} of {len(index)}",
+            fix="Rephrase so that lengths stay equal, and give items with memorized answers of their own.",
+        )
     n = held_positions(lengths[1][kept])
     n = n if n_positions is None else min(n, n_positions)
     some = [computing[i] for i in kept]
@@ -254,10 +262,12 @@ def _others(
     for place, item in enumerate(computing):
         if own[place] != lengths[place]:
             continue
-        same = np.flatnonzero(own == lengths[place])
+        same = np.flatnonzero(own == lengths[place]).tolist()
         known = {item.rule_answer, item.memorized_answer}
         able = [
-            i for i in same if (recalling[i].task, recalling[i].key) != (item.task, item.key)
+            i
+            for i in same
+            if (recalling[i].task, recalling[i].key) != (item.task, item.key)
             and recalling[i].memorized_answer not in known
         ]
         if able:

@@ -22,8 +22,8 @@ def choose_threshold(
 ) -> ChosenThreshold:
     """The lowest threshold that keeps to a rate of false triggers, in the middle of the gap that it lies in.
 
-    Let ``low`` be the largest log-odds that may not trigger: of each set of n unwanted prompts, the one behind the first
-    ``floor(rate * n)``. Any threshold between it and the next larger log-odds of a wanted prompt picks the same wanted
+    Let ``low`` be the largest log-odds that may not trigger: of each set of n unwanted prompts, the one behind the
+    first ``floor(rate * n)``. Any threshold between it and the next larger log-odds of a wanted prompt picks the same wanted
     prompts; the middle is taken, which leaves new prompts of either kind the most room.
 
     Args:
@@ -34,10 +34,11 @@ def choose_threshold(
     """
     low = max(float(np.sort(odds)[::-1][int(false_trigger_rate * len(odds))]) for odds in unwanted.values())
     above = wanted[wanted > low]
-    cut = (low + float(above.min())) / 2 if len(above) else np.nextafter(low, np.inf)
-    threshold = float(expit(cut))
+    threshold = float(expit((low + float(above.min())) / 2 if len(above) else low))
     with np.errstate(divide="ignore"):
-        cut = float(logit(threshold))  # what can be told apart by a probability
+        while logit(threshold) <= low:  # the next probability that tells them apart; above 1 - 1e-16 that is 1
+            threshold = float(np.nextafter(threshold, 1.0))
+        cut = float(logit(threshold))
     return ChosenThreshold(
         threshold=threshold,
         false_trigger_rate=float(false_trigger_rate),
