@@ -161,11 +161,6 @@ class Guard:
         chosen = choose_threshold(wanted, unwanted, items, false_trigger_rate=false_trigger_rate)
         return cls(probe, steering, chosen.threshold, chosen)
 
-    def triggered(self, log_odds: Float[np.ndarray, " row"], toward: Direction) -> Bool[np.ndarray, " row"]:
-        """Whether prompts are steered, given their log-odds of memorization."""
-        with np.errstate(divide="ignore"):
-            return (log_odds if toward == "generalization" else -log_odds) >= logit(self.threshold)
-
     @arguments(
         "Guard.applied",
         model=lens_model("Guard.applied"),
@@ -214,13 +209,19 @@ class Guard:
         name = hooks[probe.layer]
         with watched_passes(model, prompt_length=prompt_length) as passes:
             decisions = Decisions(
-                name, len(probe.weight), lambda rows: self.triggered(probe.log_odds(rows), toward), passes
+                name, len(probe.weight), lambda rows: picks(self, probe.log_odds(rows), toward), passes
             )
             at = partial(passes.where, positions)
             steering = steering_hooks(model, [self.steering], toward=toward, pairs=pairs, at=at)
             guarded = [(hook, decisions.guarded(hook, steer)) for hook, steer in steering]
             with model.hooks(fwd_hooks=[(name, decisions.read), *guarded]):
                 yield model
+
+
+def picks(guard: Guard, log_odds: Float[np.ndarray, " row"], toward: Direction) -> Bool[np.ndarray, " row"]:
+    """Whether a guard steers prompts, given their log-odds of memorization."""
+    with np.errstate(divide="ignore"):
+        return (log_odds if toward == "generalization" else -log_odds) >= logit(guard.threshold)
 
 
 def _first_steered(steering: Steering) -> str:

@@ -16,7 +16,7 @@ from scipy.special import expit
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.recording.reading import at_answer_position
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.guard import Guard
+from memgen_lens.analysis.steering.guard import Guard, picks
 from memgen_lens.behavior import answer_tokens, complete
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -102,7 +102,7 @@ def evaluate_guard(
     if task is not None:
         how = {"max_new_tokens": answer_tokens(model, task), "prepend_bos": None, "judge": judge}
         kinds_of["heldout"] = asked.prompts(task.items("heldout"), **how)
-    picked = {name: guard.triggered(some.log_odds, "generalization") for name, some in kinds_of.items()}
+    picked = {name: picks(guard, some.log_odds, "generalization") for name, some in kinds_of.items()}
     policies = {
         "none": {name: np.zeros_like(rows) for name, rows in picked.items()},
         "guard": picked,

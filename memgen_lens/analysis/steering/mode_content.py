@@ -15,7 +15,7 @@ from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.recording.positions import aligned_tokens, held_positions, lengths_of, tokens_at
 from memgen_lens.analysis.recording.reading import at_answer_position
 from memgen_lens.analysis.steering.generation import steered_outputs
-from memgen_lens.analysis.steering.guard import Guard
+from memgen_lens.analysis.steering.guard import Guard, picks
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.streams import Patch, patched_outputs, stream_hooks
 from memgen_lens.behavior import complete
@@ -182,7 +182,7 @@ class _Asked:
         name = hook_of(guard.probe.site, guard.probe.layer)
         how = {"batch_size": self.batch_size, "prepend_bos": self.judge.pairs.prepend_bos}
         rows = at_answer_position(self.model, [item.prompt for item in items], [name], **how)[name][:, 0]
-        return guard.triggered(guard.probe.log_odds(rows), "memorization").tolist()
+        return picks(guard, guard.probe.log_odds(rows), "memorization").tolist()
 
     def patched(
         self, items: Sequence[Item], sources: Mapping[Source, Sequence[Item]], n_positions: int, widest: int

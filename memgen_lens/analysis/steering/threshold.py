@@ -23,8 +23,8 @@ def choose_threshold(
     """The lowest threshold that keeps to a rate of false triggers, in the middle of the gap that it lies in.
 
     Let ``low`` be the largest log-odds that may not trigger: of each set of n unwanted prompts, the one behind the
-    first ``floor(rate * n)``. Any threshold between it and the next larger log-odds of a wanted prompt picks the same wanted
-    prompts; the middle is taken, which leaves new prompts of either kind the most room.
+    first ``floor(rate * n)``. Any threshold between it and the next larger log-odds of a wanted prompt picks the same
+    wanted prompts; the middle is taken, which leaves new prompts of either kind the most room.
 
     Args:
         wanted: Log-odds of the prompts that are to be steered.

@@ -107,7 +107,9 @@ def test_cached_steps_keep_what_the_prompt_decided():
     parts = [tokens[:, :4], *tokens[:, 4:].split(1, dim=1)]
 
     def steps(cache):
-        return torch.stack([model(part, past_kv_cache=cache)[:, -1] for part in parts], dim=1)
+        return torch.stack(
+            [model(part, past_kv_cache=cache, attention_mask=torch.ones_like(part))[:, -1] for part in parts], dim=1
+        )
 
     plain = steps(plain_cache)
     odds = guard.probe.log_odds(last_rows(model, tokens[:, :4], "blocks.0.hook_resid_post"))
