@@ -189,7 +189,7 @@ def _bring_back(
             source=acts,
             top_fractions=(1.0,),
             alphas=(1.0,),
-            positions=("answer", "prompt"),
+            positions=("prompt",),  # where rules are fitted; of generated positions they know nothing
             sizes=[size for size in analysis.fitted_sizes if size <= most] or [1],
             seed=config.seed,
             batch_size=analysis.batch_size,

@@ -82,9 +82,7 @@ def guard_trade_off(table: GuardTable) -> go.Figure:
     )
     figure.update_xaxes(title_text="share of prompts steered without need", **SHARE_AXIS)
     figure.update_yaxes(title_text="recall prevented", **SHARE_AXIS)
-    title = (
-        f"Guard at {escape(table.site)}, layer {table.layer} ({counted(table.n, table.n_items, 'recalling prompts')})"
-    )
+    title = f"Guard at {escape(table.site)}, layer {table.layer} ({counted(table.n, table.n_items)})"
     return themed(figure, title, height=440)
 
 

@@ -54,15 +54,13 @@ def mode_findings(result: ModeContent) -> list[str]:
         "exactly: the most that can be reached."
         + "".join(f" {_depth(row).capitalize()} it is {_told(row.recall)}." for row in whole[1:]),
     ]
-    at_answer = (
-        f"At the answer position alone, {_depth(best)}, {_told(best.form)} take the form of a memory and "
-        f"{_told(best.recall)} are the item's own"
+    form, other_form = ("", "") if result.one_form else (_forms(best), _forms(twin))
+    last = " (what the first token of the answer is read from)" if best.depth == result.n_depths - 1 else ""
+    said.append(
+        f"At the answer position alone, {_depth(best)}{last}, {form}{_told(best.recall)} give the item's own memory; "
+        f"patched from another item there, {other_form}{_told(twin.recall)} give their own memory and "
+        f"{_told(twin.of_source)} that of the other item."
     )
-    from_other = (
-        f"patched from another item there, {_told(twin.form)} take the form, {_told(twin.recall)} give their own "
-        f"memory and {_told(twin.of_source)} that of the other item"
-    )
-    said.append(f"{at_answer}; {from_other}.")
     without = best.form["ci95"][0] > best.recall["ci95"][1]
     if without and twin.form["ci95"][1] >= best.form["ci95"][0]:
         said.append("So the answer position carries the mode, from whichever item, and not the content.")
@@ -73,11 +71,9 @@ def mode_findings(result: ModeContent) -> list[str]:
     ]
     if steered:
         most = max(steered, key=lambda row: (row.recall["rate"], row.form["rate"]))
-        form = max(steered, key=lambda row: row.form["rate"])
-        said.append(
-            f"Of the steerings, “{form.name}” reaches the form most often ({_told(form.form)}), and “{most.name}” "
-            f"exact recall ({_told(most.recall)})."
-        )
+        formed = max(steered, key=lambda row: row.form["rate"])
+        mode = "" if result.one_form else f"“{formed.name}” reaches the form most often ({_told(formed.form)}), and "
+        said.append(f"Of the steerings, {mode}“{most.name}” reaches exact recall most often ({_told(most.recall)}).")
     return [sentence for sentence in said if sentence]
 
 
@@ -98,6 +94,10 @@ def mode_rows(result: ModeContent) -> list[dict[str, Any]]:
 def over(result: ModeContent) -> str:
     """How many prompts the figures are of."""
     return counted(result.n, result.n_items, " prompts")
+
+
+def _forms(row: ModeRow) -> str:
+    return f"{_told(row.form)} take the form of a memory, "
 
 
 def _depth(row: ModeRow) -> str:

@@ -66,12 +66,25 @@ def test_one_position_at_a_time_is_drawn_where_it_was_measured():
         figures.mode_by_position(made_up.mode_content(n_positions=0))
 
 
+def test_figures_have_short_titles_and_named_axes():
+    drawn = (
+        figures.guard_trade_off(made_up.guard_table()),
+        figures.mode_and_content(made_up.mode_content()),
+        figures.mode_by_position(made_up.mode_content()),
+    )
+    for figure in drawn:
+        assert len(figure.layout.title.text) <= 48
+        named = json.loads(figure.to_json())["layout"]
+        assert any(named[axis].get("title", {}).get("text") for axis in named if axis.startswith("xaxis"))
+
+
 def test_words_say_that_the_answer_position_carries_the_mode_only_where_the_numbers_do():
     mode_alone = " ".join(guard_wording.mode_findings(made_up.mode_content()))
     assert "carries the mode, from whichever item, and not the content" in mode_alone
     both = " ".join(guard_wording.mode_findings(made_up.mode_content(answer_recall=24)))
     assert "carries content" in both and "and not the content" not in both
-    assert "one form" in guard_wording.mode_findings(made_up.mode_content(one_form=True))[0]
+    alike = guard_wording.mode_findings(made_up.mode_content(one_form=True))
+    assert "one form" in alike[0] and not any("take the form" in sentence for sentence in alike)
 
 
 def test_the_guards_verdict_names_its_cost_where_it_is_known():

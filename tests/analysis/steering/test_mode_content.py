@@ -36,8 +36,8 @@ def test_patched_outputs_are_those_of_hooks_written_by_hand(learned, batch_size)
     sources = [learned.pairs.memorized[i].prompt for i in some]
     names = stream_hooks(learned.model)
     assert names == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
-    patches = [Patch(d, torch.tensor(c)) for d in range(3) for c in ([0, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0])]
-    patches = [Patch(p.depth, p.columns.bool()) for p in patches]
+    columns = torch.tensor([[0, 0, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
+    patches = [Patch(depth, some) for depth in range(3) for some in columns]
     outputs = outputs_of(learned, prompts, sources, patches, batch_size=batch_size)
     for patch, said in zip(patches, outputs, strict=True):
         for prompt, source, output in zip(prompts, sources, said, strict=True):
