@@ -21,11 +21,13 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import FinetuneConfig
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import read_json, write_json, write_jsonl
+from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.metrics import (
     SCHEMA,
     attribution_metrics,
     behavior_metrics,
+    guard_metrics,
     probe_metrics,
     steering_metrics,
 )
@@ -37,7 +39,7 @@ from memgen_lens.models import build_model, load_model
 from memgen_lens.models.build import require_device
 from memgen_lens.models.sites import site_hooks
 from memgen_lens.presets import ExperimentConfig
-from memgen_lens.stages import compare, find_and_predict, look_at_top, steer
+from memgen_lens.stages import compare, find_and_predict, guard, look_at_top, steer
 from memgen_lens.training import TrainingRun, train
 from memgen_lens.training.finetune import tune
 from memgen_lens.viz.report import write_report
@@ -57,6 +59,7 @@ class Experiment:
         scores: Neuron scores by site; empty where too few prompts flip.
         probes: Probes by layer; None where too few prompts flip.
         steering: ``"shift"`` and ``"patch"`` tables; empty where too few prompts flip.
+        guard: The guard's figures; None where too few prompts flip.
         metrics: What ``metrics.json`` holds.
         report: The report's path.
     """
@@ -68,6 +71,7 @@ class Experiment:
     scores: dict[str, NeuronScores]
     probes: ProbeReport | None
     steering: dict[str, SteeringTable]
+    guard: GuardTable | None
     metrics: dict[str, Any]
     report: Path
 
@@ -93,6 +97,17 @@ class Experiment:
             f"          {to_memorization.memorized_form['rate']:.3f} of computed prompts to memorized form,"
             f" {to_memorization.shift['rate']:.3f} to the item's own answer"
             f" (random neurons {random['memorization']['memorized_form']['mean']:.3f})",
+            *self._guarded(),
+        ]
+
+    def _guarded(self) -> list[str]:
+        if self.guard is None:
+            return []
+        table, guarded = self.guard, self.guard.policies["guard"]
+        return [
+            f"guards    {guarded.prevented['rate']:.3f} of recalls prevented, steering "
+            f"{table.triggered['rephrased']['rate']:.3f} of computed prompts"
+            + (f" and {table.triggered['heldout']['rate']:.3f} of held-out ones" if table.n_heldout else "")
         ]
 
 
@@ -178,13 +193,14 @@ def _run(
     scores: dict[str, NeuronScores] = {}
     tables: dict[str, SteeringTable] = {}
     consistency: dict[str, Any] = {}
-    probes, why = None, None
+    probes, guarded, why = None, None, None
     try:
         sites = list(dict.fromkeys([*analysis.sites, analysis.probe_site]))
         acts = record(model, pairs, sites, batch_size=analysis.batch_size, progress=progress)
         scores, probes = find_and_predict(directory, config, acts, say)
         look_at_top(directory, config, model, acts, scores, say, progress)
         tables = steer(directory, config, model, acts, scores, say, progress)
+        guarded = guard(directory, config, model, acts, scores, tables["shift"].setting, say, progress)
         consistency = compare(directory, config, model, acts, tables["shift"].setting.site, say)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
@@ -205,6 +221,7 @@ def _run(
         "attribution": {site: attribution_metrics(score) for site, score in scores.items()} or {"why": why},
         "probe": probe_metrics(probes) if probes else {"why": why},
         "steering": steering_metrics(tables) if tables else {"why": why},
+        "guard": guard_metrics(guarded) if guarded else {"why": why},
         "consistency": consistency or {"why": why},
         "timing_s": {
             "train": round(trained - started, 3),
@@ -217,7 +234,7 @@ def _run(
     say("writing the report")
     report = write_report(directory)
     metrics = read_json(directory / "metrics.json")
-    return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, metrics, report)
+    return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, guarded, metrics, report)
 
 
 def _base(config: ExperimentConfig) -> Any:

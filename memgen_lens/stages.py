@@ -5,16 +5,19 @@ Does not train, nor know any formula: the analyses do.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from memgen_lens.analysis import (
+    Guard,
     Steering,
     attribute,
     choose_setting,
+    evaluate_guard,
     evaluate_steering,
     fit_probes,
+    mode_and_content,
     steering_cost,
     sweep_steering,
 )
@@ -22,10 +25,12 @@ from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.analysis.neurons.look import look_at
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
+from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.metrics import consistency_metrics
 from memgen_lens.core.neuron_records import NeuronRecord, save_neurons
 from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
 from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
+from memgen_lens.core.types import FittedKind
 from memgen_lens.presets import ExperimentConfig
 
 N_RESAMPLES = 1000
@@ -137,6 +142,64 @@ def steer(
     tried = [row for swept in rows.values() for row in swept]
     write_json(directory / "steering.json", {"tune": tried, "by_layer": by_layer, **tables})
     return tables
+
+
+def guard(
+    directory: Path,
+    config: ExperimentConfig,
+    model: Any,
+    acts: Activations,
+    scores: dict[str, NeuronScores],
+    setting: SteeringSetting,
+    say: Callable[[str], None],
+    progress: bool,
+) -> GuardTable:
+    """Guard the chosen shift, report it on ``test``, and tell mode from content where that is asked for; save both."""
+    analysis, task, pairs = config.analysis, config.task, acts.pairs
+    how = {"batch_size": analysis.batch_size, "progress": progress, "seed": config.seed}
+    say("guarding it: steering only where a probe below expects a recall")
+    shift = _steering(setting, scores, acts, seed=config.seed)
+    guard = Guard.fit(
+        model, task, acts, shift, false_trigger_rate=analysis.false_trigger_rate, batch_size=analysis.batch_size
+    )
+    table = evaluate_guard(model, task, pairs, guard, **how)
+    table.save(directory)
+    if analysis.mode_and_content:
+        say("telling mode from content: patching computing prompts from recalling ones")
+        steerings = {"shift": shift, **_bring_back(config, model, acts, scores[setting.site], progress)}
+        try:
+            mode_and_content(model, task, pairs, steerings=steerings, guard=guard, **how).save(directory)
+        except PairsError as error:  # prompts whose lengths differ have no positions in common
+            say(f"no mode and content: {error}")
+    return table
+
+
+def _bring_back(
+    config: ExperimentConfig, model: Any, acts: Activations, score: NeuronScores, progress: bool
+) -> dict[str, Steering]:
+    """Of each kind of fitted rule the one that brings back the most memories on ``tune``, at all neurons of a site."""
+    analysis = config.analysis
+    most = min(len(np.unique(acts.pairs.item[acts.pairs.of("select")])), score.rho.shape[1])
+    found = {}
+    for kind in get_args(FittedKind):
+        rows = sweep_steering(
+            model,
+            config.task,
+            acts.pairs,
+            score,
+            mode=kind,
+            source=acts,
+            top_fractions=(1.0,),
+            alphas=(1.0,),
+            positions=("prompt",),  # where rules are fitted; of generated positions they know nothing
+            sizes=[size for size in analysis.fitted_sizes if size <= most] or [1],
+            seed=config.seed,
+            batch_size=analysis.batch_size,
+            progress=progress,
+        )
+        best = max(rows, key=lambda row: (row.to_memorization, row.memorized_form))
+        found[kind.replace("_", " ")] = _steering(best.setting, {score.site: score}, acts, seed=config.seed)
+    return found
 
 
 def _steering(chosen: SteeringSetting, scores: Mapping[str, NeuronScores], acts: Activations, *, seed: int) -> Steering:

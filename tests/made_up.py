@@ -1,5 +1,6 @@
 """Records of comparisons and of a run's dynamics that nobody measured, for what draws them."""
 
+from functools import cache
 from itertools import cycle, islice
 from typing import Any, get_args
 
@@ -8,9 +9,12 @@ import numpy as np
 from memgen_lens.core.consistency_records import AdapterConsistency, Matrix, SeedConsistency, SplitHalf, TaskConsistency
 from memgen_lens.core.cost_records import Band, CostCurve, SteeringCost
 from memgen_lens.core.dynamics_records import Dynamics, RateSeries
+from memgen_lens.core.guard_records import ChosenThreshold, GuardCurve, GuardTable, PolicyRates, plain_rate
 from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, ModelResult
+from memgen_lens.core.mode_records import ModeContent, ModeRow
 from memgen_lens.core.position_records import PatchingMap, PositionProbes, PositionSteering, PositionTokens
 from memgen_lens.core.records import ProbeScores
+from memgen_lens.core.stats import mean_of_draws, wilson
 from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering, choose
 from memgen_lens.core.types import Direction
@@ -233,3 +237,67 @@ def steering_cost(n_heldout: int = 100) -> SteeringCost:
     why = None if n_heldout else "a user's pairs name no held-out prompts"
     heldout = 0.96 if n_heldout else None
     return SteeringCost(SETTING, (0.5, 1.0, 2.0), 60, 30, n_heldout, heldout, curves, why)
+
+
+@cache
+def rate(k: int, n: int = 24) -> dict:
+    """A rate as records save it."""
+    return plain_rate(wilson(np.arange(n) < k))
+
+
+def guard_table(*, heldout: bool = True) -> GuardTable:
+    """A guard that prevents most recalls and steers few other prompts."""
+
+    def policy(prevented: int, harmed: int) -> PolicyRates:
+        kept = {"heldout": rate(48 - harmed, 50), "harmed": rate(harmed, 50), "lost": harmed / 50}
+        own = {"prevented": rate(prevented), "to_rule": rate(prevented), "rephrased": rate(24)}
+        return PolicyRates(**own, **(kept if heldout else dict.fromkeys(kept)))
+
+    draws = mean_of_draws([0.1, 0.2, 0.3] * 10)
+    kept = {"heldout": draws, "harmed": draws, "lost": 0.02} if heldout else {}
+    points = np.linspace(0, 1, 9)
+    none = np.full(9, np.nan)
+    triggered = {"memorized": rate(23), "rephrased": rate(1)}
+    if heldout:
+        triggered |= {"heldout": rate(2, 50), "heldout_computing": rate(1, 48)}
+    return GuardTable(
+        setting=SETTING,
+        site="resid_post",
+        layer=0,
+        threshold=0.875,
+        chosen=ChosenThreshold(0.875, 0.01, rate(12, 12), {"tune": rate(0, 12)}),
+        n=24,
+        n_items=24,
+        n_heldout=50 if heldout else 0,
+        triggered=triggered,
+        policies={"none": policy(0, 0), "guard": policy(23, 0), "unconditional": policy(24, 5)},
+        shuffled=PolicyRates(draws, draws, draws, **({"heldout": None, "harmed": None, "lost": None} | kept)),
+        curve=GuardCurve(
+            points,
+            1 - points**4,
+            (1 - points) ** 4 if heldout else none,
+            (1 - points) ** 3,
+            points if heldout else none,
+        ),
+        why=None if heldout else "a user's pairs name no held-out prompts",
+    )
+
+
+def mode_content(*, n_positions: int = 4, one_form: bool = False, answer_recall: int = 1) -> ModeContent:
+    """The form is at the answer position after the last block, the content in the whole prompt before the first."""
+    rows = [
+        ModeRow("nothing", "computing", rate(0), rate(0), rate(24)),
+        ModeRow("nothing", "recalling", rate(24), rate(24), rate(0)),
+        ModeRow("shift", "computing", rate(22), rate(2), rate(1)),
+        ModeRow("shift", "recalling", rate(24), rate(20), rate(0)),
+    ]
+    for source in ("own", "other"):
+        for positions in ("answer", "before", "all", *range(-n_positions, 0)):
+            for depth in range(3):
+                whole = depth == 0 and positions in ("all", "before")
+                form = 24 if whole or (depth == 2 and positions in ("answer", "all", -1)) else 0
+                recall = 24 if whole else answer_recall if form else 0
+                shares = [rate(form), rate(recall if source == "own" else 0), rate(24 - form)]
+                beside = rate(recall) if source == "other" else None
+                rows.append(ModeRow(f"patched <{source}>", "computing", *shares, beside, source, depth, positions))
+    return ModeContent(tuple(rows), position_tokens(max(n_positions, 1)), 3, 24, 24, 24, one_form)

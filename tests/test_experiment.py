@@ -23,7 +23,11 @@ CONFIG = mg.ExperimentConfig(
     task=helpers.SMALL_TASK,
     train=helpers.SMALL_TRAINING,
     analysis=mg.AnalysisConfig(
-        top_fractions=(0.1, 0.3), alphas=(1.0, 2.0, 4.0), fitted=("low_rank",), fitted_sizes=(2, 999)
+        top_fractions=(0.1, 0.3),
+        alphas=(1.0, 2.0, 4.0),
+        fitted=("low_rank",),
+        fitted_sizes=(2, 999),
+        mode_and_content=True,
     ),
 )
 
@@ -65,6 +69,8 @@ def test_a_run_directory_holds_what_the_design_names(finished):
         "scores",
         "probes.json",
         "steering.json",
+        "guard.json",
+        "mode_and_content.json",
         "consistency.json",
         "neurons.json",
         "metrics.json",
@@ -88,6 +94,7 @@ def test_metrics_have_the_names_and_ranges_of_the_design(finished):
         "attribution",
         "probe",
         "steering",
+        "guard",
         "consistency",
         "timing_s",
     }

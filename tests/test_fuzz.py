@@ -31,7 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, numpy and plotly,
 EXAMPLES, EXAMPLES_THAT_RUN = 500, 200
 RUNNING = (
     "attribute",
+    "Guard.fit",
     "consistency.split_half",
+    "evaluate_guard",
     "evaluate_steering",
     "finetune",
     "fit_probes",
@@ -122,6 +124,7 @@ def world() -> SimpleNamespace:
             neuron=mg.neuron_page(model, pairs, planted.LAYER, planted.NEURON, progress=False),
             table=mg.evaluate_steering(model, None, pairs, steer, progress=False),
             probes=mg.fit_probes(acts, "post"),
+            guard=mg.Guard(mg.fit_probes(acts, "resid_post").at(0), steer, 0.5),
             trained=mg.train(task, helpers.tiny_training(max_steps=20), progress=False),
             short=mg.ExperimentConfig(task=task, train=helpers.tiny_training(max_steps=1)),
             taken=place / "taken",
@@ -161,6 +164,7 @@ def junk() -> st.SearchStrategy[Any]:
             w.acts,
             w.scores,
             w.steer,
+            w.guard,
             w.rows[0],
             w.task,
             w.table,
@@ -201,6 +205,12 @@ def junk() -> st.SearchStrategy[Any]:
 def steered(**arguments: Any) -> Any:
     """A forward pass of the planted model inside `Steering.applied`."""
     with world().steer.applied(**arguments) as model:
+        return model(model.to_tokens(["aM=", "bG="]))
+
+
+def guarded(**arguments: Any) -> Any:
+    """A forward pass of the planted model inside `Guard.applied`."""
+    with world().guard.applied(**arguments) as model:
         return model(model.to_tokens(["aM=", "bG="]))
 
 
@@ -391,6 +401,45 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         batch_size=64,
         **QUIET,
     ),
+    "Guard": lambda w: good(mg.Guard, probe=w.guard.probe, steering=w.steer, threshold=0.5, chosen=None),
+    "Guard.fit": lambda w: good(
+        mg.Guard.fit,
+        model=w.model,
+        task=None,
+        acts=w.acts,
+        steering=w.steer,
+        site="resid_post",
+        layer=0,
+        false_trigger_rate=0.05,
+        toward="generalization",
+        batch_size=64,
+    ),
+    "Guard.applied": lambda w: good(guarded, model=w.model, toward="generalization", pairs=None, prompt_length=3),
+    "evaluate_guard": lambda w: good(
+        mg.evaluate_guard,
+        model=w.model,
+        task=None,
+        pairs=w.pairs,
+        guard=w.guard,
+        split="tune",
+        n_controls=20,
+        seed=0,
+        batch_size=64,
+        **QUIET,
+    ),
+    "mode_and_content": lambda w: good(
+        mg.mode_and_content,
+        model=w.model,
+        task=None,
+        pairs=w.twins,
+        steerings={"shift": w.steer},
+        guard=w.guard,
+        split="tune",
+        n_positions=1,
+        seed=0,
+        batch_size=64,
+        **QUIET,
+    ),
     "Steering.from_scores": lambda w: good(
         mg.Steering.from_scores,
         scores=w.scores,
@@ -496,6 +545,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.steering_cost_curve": lambda w: good(
         figures.steering_cost_curve, cost=made_up.steering_cost(), against="kl_nats"
     ),
+    "figures.guard_trade_off": lambda w: good(figures.guard_trade_off, table=made_up.guard_table()),
+    "figures.mode_and_content": lambda w: good(figures.mode_and_content, result=made_up.mode_content()),
+    "figures.mode_by_position": lambda w: good(figures.mode_by_position, result=made_up.mode_content()),
     "figures.steering_sweep": lambda w: good(
         figures.steering_sweep, rows=w.rows, chosen=None, site=None, positions=None
     ),
@@ -585,6 +637,7 @@ REFUSED = (
     "benchmark_methods",
     "consistency.across_tasks",
     "dynamics",
+    "mode_and_content",
     "run_experiment",
     "write_report",
     "NeuronScores.load",
@@ -644,9 +697,9 @@ def test_every_public_function_is_tried():
     functions |= {name for name in mg.__all__ if name.endswith("Config")}
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
-    functions.add("SteeringObjective")
+    functions |= {"Guard", "SteeringObjective"}
     records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
-    for kind in (mg.Steering, mg.PromptPairs, *records):
+    for kind in (mg.Guard, mg.Steering, mg.PromptPairs, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
         functions |= {

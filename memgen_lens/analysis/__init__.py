@@ -12,20 +12,26 @@ from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs
 from memgen_lens.analysis.steering.cost import steering_cost
 from memgen_lens.analysis.steering.evaluation import evaluate_steering
+from memgen_lens.analysis.steering.guard import Guard
+from memgen_lens.analysis.steering.guarded import evaluate_guard
+from memgen_lens.analysis.steering.mode_content import mode_and_content
 from memgen_lens.analysis.steering.positions import steering_by_position
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
 from memgen_lens.analysis.steering.tune import tune_steering
 
 __all__ = [
+    "Guard",
     "Steering",
     "attribute",
     "attribute_streaming",
     "choose_setting",
     "collect_pairs",
+    "evaluate_guard",
     "evaluate_steering",
     "fit_probes",
     "load_activations",
+    "mode_and_content",
     "patching_map",
     "probe_by_position",
     "record",

@@ -24,6 +24,9 @@ MADE_BY = {
     "Activations": "mg.record",
     "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
+    "Guard": "mg.Guard or mg.Guard.fit",
+    "GuardTable": "mg.evaluate_guard",
+    "ModeContent": "mg.mode_and_content",
     "NeuronRecord": "mg.neuron_page",
     "NeuronScores": "mg.attribute",
     "PatchingMap": "mg.patching_map",
@@ -122,6 +125,7 @@ Share = Annotated[float, Field(gt=0, le=1), _Number]
 OpenShare = Annotated[float, Field(gt=0, lt=1), _Number]
 Part = Annotated[float, Field(ge=0, lt=1), _Number]
 """A share that may be none."""
+Probability = Annotated[float, Field(ge=0, le=1), _Number]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
 Texts = Annotated[list[Text], _Several]
 Lines = Annotated[list[Text], _Several, BeforeValidator(_no_text)]

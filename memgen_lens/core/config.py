@@ -262,6 +262,11 @@ class AnalysisConfig(Settings):
     cost_alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha; none = not
     measured."""
+    false_trigger_rate: float = Field(0.01, ge=0, lt=1)
+    """Share of computing prompts of ``tune`` and ``validation`` that the guard may steer, in [0, 1)."""
+    mode_and_content: bool = False
+    """Patch computing prompts from recalling ones, by depth and position, and tell mode from content: takes long where
+    prompts or models are."""
     n_controls: int = Field(20, ge=20)
     """Draws of each steering control."""
     batch_size: int = Field(2048, ge=1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.files import with_nulls
+from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.items import Outcome, same_items
 from memgen_lens.core.pairs import PromptPairs
 from memgen_lens.core.records import NeuronScores, ProbeReport
@@ -119,6 +120,24 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
         }
 
     return {**one(tables["shift"]), **{mode: one(table) for mode, table in tables.items() if mode != "shift"}}
+
+
+def guard_metrics(table: GuardTable) -> dict[str, Any]:
+    """What the guard prevents and what it costs, beside steering everything."""
+    guard, every = table.policies["guard"], table.policies["unconditional"]
+    return {
+        "site": table.site,
+        "layer": table.layer,
+        "threshold": table.threshold,
+        "prevented": guard.prevented,
+        "prevented_unconditionally": every.prevented["rate"],
+        "prevented_at_random": table.shuffled.prevented["mean"],
+        "triggered": table.triggered,
+        "heldout_lost": guard.lost,
+        "heldout_lost_unconditionally": every.lost,
+        "n": table.n,
+        "n_items": table.n_items,
+    }
 
 
 def consistency_metrics(halves: SplitHalf, tasks: TaskConsistency | None, why: str | None = None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import SiteError, suggest
+from memgen_lens.core.errors import SettingsError, SiteError, suggest
 from memgen_lens.core.files import counts_rows, damaged, read_arrays, write_arrays
+from memgen_lens.core.layer_probe import LayerProbe
 from memgen_lens.core.pairs import PromptPairs
 
 
@@ -232,6 +233,26 @@ class ProbeReport:
     def best(self) -> ProbeScores:
         """Test scores of the chosen layer."""
         return self.by_layer[self.best_layer]
+
+    @arguments("ProbeReport.at", layer=kinds.Number0 | None)
+    def at(self, layer: int | None = None) -> LayerProbe:
+        """A layer's probe as plain numbers: what `memgen_lens.Guard` decides by.
+
+        Args:
+            layer: Its layer; default: the best one.
+
+        Raises:
+            SettingsError: The site has no such layer, or the report was read from a file, which holds no probes.
+        """
+        layer = self.best_layer if layer is None else layer
+        if layer >= len(self.probes):
+            raise SettingsError(
+                "ProbeReport.at(layer=...)",
+                expected=f"a layer of {self.site}, 0 to {len(self.by_layer) - 1}, of a report that holds its probes",
+                received=f"layer {layer} of {len(self.probes)} fitted probes",
+                fix="Change layer, or fit the probes: fit_probes(acts, site).",
+            )
+        return LayerProbe.of(self.probes[layer], self.site, layer)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the fitted probes, for ``probes.json``."""

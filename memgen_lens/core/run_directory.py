@@ -41,6 +41,8 @@ OWN_FILES = (
     "steering.json",
     "steering_cost.json",
     "tuned.json",
+    "guard.json",
+    "mode_and_content.json",
     "consistency.json",
     "dynamics.json",
     "neurons.json",

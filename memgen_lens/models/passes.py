@@ -44,6 +44,7 @@ class Passes:
         length: Positions of this pass; 0 before the first.
         answer: The answer position of each row, counted from the first position that was run; None where this pass
             goes on from a prompt that was not seen.
+        begun: How many passes so far went on from none before: a new one means new prompts.
     """
 
     prompt_length: int | Sequence[int] | None
@@ -51,6 +52,7 @@ class Passes:
     past: int = 0
     length: int = 0
     answer: Int[Tensor, " batch"] | None = None
+    begun: int = 0
     _mask: Tensor | None = None
     _tokens: Tensor | None = None
     _entered: Tensor | None = None
@@ -87,6 +89,7 @@ class Passes:
             goes_on = one_more and torch.equal(entered[:, :-1], before)
         self.past, self.length, self._mask, self._where = past, entered.shape[1], mask, {}
         self._entered = entered.detach()
+        self.begun += not goes_on
         if goes_on:
             if self.answer is not None and len(self.answer) != len(entered):
                 self.answer = None

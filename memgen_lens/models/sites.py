@@ -3,12 +3,14 @@
 Does not read or change what passes there.
 """
 
+import sys
 from collections.abc import Callable, Collection
 
 from transformer_lens.utilities import get_act_name  # pyright: ignore[reportPrivateImportUsage]
 
 from memgen_lens.core.errors import SiteError, suggest
 from memgen_lens.core.types import LensModel
+from memgen_lens.fast.blocks import BLOCK_SITES
 
 LAYER_SITES = (
     "resid_pre",
@@ -87,3 +89,21 @@ def block_of(hook: str) -> int | None:
     if first == "blocks":
         return int(rest[0])
     return -1 if first in BEFORE_BLOCKS else None
+
+
+def hook_of(site: str, layer: int) -> str:
+    """The full name of a site's hook point in a layer, whatever the model; a full name is its own."""
+    if site in MODEL_SITES:
+        return "ln_final.hook_normalized" if site == "ln_final" else get_act_name(site)
+    if site not in LAYER_SITES:
+        return site
+    return get_act_name("normalized", layer, site) if site.startswith("ln") else get_act_name(site, layer)
+
+
+def place_of(hook: str) -> tuple[int, int] | None:
+    """Where in a forward pass a hook point fires: of two, the smaller one first. None where that is not known."""
+    block = block_of(hook)
+    if block is None or block < 0:
+        return (sys.maxsize, 0) if block is None else (-1, 0)
+    within = hook.split(".", 2)[2]
+    return (block, BLOCK_SITES.index(within)) if within in BLOCK_SITES else None

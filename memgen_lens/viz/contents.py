@@ -16,8 +16,12 @@ from memgen_lens.core.dynamics_records import FILE as DYNAMICS
 from memgen_lens.core.dynamics_records import Dynamics
 from memgen_lens.core.errors import MemgenError, RunDirectoryError
 from memgen_lens.core.files import damaged, missing, read_json, read_jsonl, user_path
+from memgen_lens.core.guard_records import FILE as GUARD
+from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.items import Item, Outcome
 from memgen_lens.core.metrics import SCHEMA
+from memgen_lens.core.mode_records import FILE as MODE
+from memgen_lens.core.mode_records import ModeContent
 from memgen_lens.core.neuron_records import FILE as NEURONS
 from memgen_lens.core.neuron_records import NeuronRecord, load_neurons
 from memgen_lens.core.records import Evaluation, NeuronScores, ProbeReport, ProbeScores
@@ -49,6 +53,8 @@ class RunContents:
         fitted: Steering by fitted rules on ``test``, by kind, where somebody has measured it.
         cost: What the shift reaches against what it costs, strength by strength, where somebody has measured it.
         tuned: What `memgen_lens.tune_steering` tried and chose, where somebody has saved it here.
+        guard: The guard on ``test``, where somebody has measured it.
+        mode: Mode and content on ``test``, where somebody has measured them.
         halves: Agreement of two halves of the pairs, or None.
         tasks: The tasks of a mixture compared, or None.
         dynamics: Measurements over the checkpoints, where somebody has made them.
@@ -71,6 +77,8 @@ class RunContents:
     fitted: dict[str, SteeringTable]
     cost: SteeringCost | None
     tuned: TunedSteering | None
+    guard: GuardTable | None
+    mode: ModeContent | None
     halves: SplitHalf | None
     tasks: TaskConsistency | None
     dynamics: Dynamics | None
@@ -132,6 +140,8 @@ def read_run(directory: str | Path) -> RunContents:
         },
         cost=SteeringCost.load(directory) if (directory / COST).exists() else None,
         tuned=TunedSteering.load(directory) if (directory / TUNED).exists() else None,
+        guard=_read(directory / GUARD, read_json, GuardTable.from_json) if (directory / GUARD).exists() else None,
+        mode=_read(directory / MODE, read_json, ModeContent.from_json) if (directory / MODE).exists() else None,
         halves=_rebuild(beside, SplitHalf.from_json, compared["split_half"]) if compared else None,
         tasks=_rebuild(beside, TaskConsistency.from_json, tasks) if tasks and not why["across_tasks"] else None,
         dynamics=Dynamics.load(directory) if (directory / DYNAMICS).exists() else None,

@@ -20,8 +20,10 @@ from memgen_lens.core.records import NeuronScores, ProbeReport
 from memgen_lens.viz.behavior_figures import behavior_bars, training_curves
 from memgen_lens.viz.consistency_figures import seed_profiles, split_half
 from memgen_lens.viz.dynamics_figure import dynamics
+from memgen_lens.viz.guard_figures import guard_trade_off
 from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, steering_transfer, task_overlap
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
+from memgen_lens.viz.mode_figures import mode_and_content, mode_by_position
 from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
 from memgen_lens.viz.score_figures import top_neurons
@@ -47,10 +49,13 @@ __all__ = [
     "adapter_overlap",
     "behavior_bars",
     "dynamics",
+    "guard_trade_off",
     "learning_curve",
     "method_ablation",
     "method_agreement",
     "method_recovery",
+    "mode_and_content",
+    "mode_by_position",
     "neuron_activations",
     "nmd_heatmap",
     "patching_map",

@@ -77,7 +77,7 @@ def patching_map(result: PatchingMap) -> go.Figure:
         at = "all positions" if result.positions == "all" else "answer position"
         figure.update_xaxes(title_text=f"head, at {at}", showgrid=False, dtick=max(1, n_columns // 16))
     else:
-        _position_axis(figure.update_xaxes, result.tokens)
+        position_axis(figure.update_xaxes, result.tokens)
     layer_axis(figure.update_yaxes, n_layers, showgrid=False)
     # Where the figure says it: 1 is a full swap of the answers' log-probabilities, so many nats.
     title = f"Patching {escape(result.site)}, {result.direction} ({counted(result.n_pairs, _most(result), 'pairs')})"
@@ -135,7 +135,7 @@ def probe_by_position(report: PositionProbes) -> go.Figure:
     layer_axis(figure.update_yaxes, n_layers, showgrid=False, row=1, col=1)
     figure.update_yaxes(showgrid=False, ticks="", row=2, col=1)
     figure.update_xaxes(showgrid=False)
-    _position_axis(figure.update_xaxes, report.tokens, row=2, col=1)
+    position_axis(figure.update_xaxes, report.tokens, row=2, col=1)
     title = f"Probe by position, {escape(report.site)} ({counted(report.n_test, report.n_test_items, 'pairs')})"
     return themed(figure, title, height=min(250 + 26 * n_layers, 760))
 
@@ -168,7 +168,7 @@ def steering_by_position(result: PositionSteering) -> go.Figure:
             hovertemplate="%{customdata[0]}<br>%{y:.1%} %{customdata[1]}, %{customdata[2]}"
             f"<extra>{name}</extra>",
         )
-    _position_axis(figure.update_xaxes, result.tokens)
+    position_axis(figure.update_xaxes, result.tokens)
     figure.update_yaxes(title_text="share of prompts", **SHARE_AXIS)
     setting = result.setting
     title = f"Steering by position: {escape(setting.site)}, top {100 * setting.top_fraction:g} %"
@@ -188,7 +188,7 @@ def _told(tokens: PositionTokens) -> list[str]:
     ]
 
 
-def _position_axis(update: Any, tokens: PositionTokens, **where: Any) -> None:
+def position_axis(update: Any, tokens: PositionTokens, **where: Any) -> None:
     """Positions from the end, each named by its token where most prompts of either side share it."""
     every = -(-len(tokens.position) // TICKS)
     shown = range((len(tokens.position) - 1) % every, len(tokens.position), every)  # the last one always

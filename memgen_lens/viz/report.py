@@ -21,7 +21,7 @@ from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Behavior
-from memgen_lens.viz import figures, wording
+from memgen_lens.viz import figures, guard_wording, wording
 from memgen_lens.viz.contents import RunContents, read_run
 from memgen_lens.viz.neuron_page import neuron_facts
 from memgen_lens.viz.rendering import figure_html, listed, template
@@ -73,6 +73,10 @@ def render(run: RunContents) -> str:
         sites=[_site(scores) for scores in run.scores],
         neurons=[neuron_facts(neuron) for neuron in run.neurons],
         tables=tables,
+        guard_verdict=guard_wording.guard_verdict(run.guard) if run.guard is not None else None,
+        mode_findings=guard_wording.mode_findings(run.mode) if run.mode is not None else [],
+        mode_rows=guard_wording.mode_rows(run.mode) if run.mode is not None else [],
+        mode_over=guard_wording.over(run.mode) if run.mode is not None else "",
         halves=run.halves.summary() if run.halves is not None else None,
         steering_rows={mode: rate_rows(table) for mode, table in tables.items()},
         others=[block for mode, table in tables.items() for block in other_outputs(mode, table)],
@@ -122,6 +126,12 @@ def _figures(run: RunContents) -> Iterator[tuple[str, go.Figure]]:
         yield "cost", figures.steering_cost_curve(run.cost)
     if run.tuned is not None:
         yield "surface", figures.steering_surface(run.tuned)
+    if run.guard is not None:
+        yield "guard", figures.guard_trade_off(run.guard)
+    if run.mode is not None:
+        yield "mode", figures.mode_and_content(run.mode)
+        if any(isinstance(row.positions, int) for row in run.mode.rows):
+            yield "mode-positions", figures.mode_by_position(run.mode)
     if run.dynamics is not None:
         yield "dynamics", figures.dynamics(run.dynamics)
     if run.halves is not None:

@@ -311,11 +311,14 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "probe_transfer",
         "steering_transfer",
         "dynamics",
+        "guard_trade_off",
+        "mode_and_content",
+        "mode_by_position",
         "patching_map",
         "probe_by_position",
         "steering_by_position",
     }
-    # Those: test_consistency_figures.py, test_position_figures.py.
+    # Those: test_consistency_figures.py, test_guard_figures.py, test_position_figures.py.
     assert set(drawn) == set(figures.__all__) - elsewhere
     for figure in drawn.values():
         assert len(figure.layout.title.text) <= 48

@@ -83,6 +83,32 @@ def recorded_blocks(
             yield block
 
 
+def at_answer_position(
+    model: LensModel, prompts: Sequence[str], sites: Sequence[str], *, batch_size: int, prepend_bos: bool | None = None
+) -> dict[str, Float[np.ndarray, "prompt layer neuron"]]:
+    """Activations of chosen sites at the last position of any prompts, at least one, in their order, by site.
+
+    Args:
+        model: A lens model.
+        prompts: Any texts.
+        sites: Short names, or hook points by their full names.
+        batch_size: Prompts in one forward pass at most.
+        prepend_bos: See `memgen_lens.complete`.
+
+    Raises:
+        SiteError: A site is unknown, or the model lacks it.
+        ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
+    """
+    known = model.hook_dict
+    read = _reader(model, {site: site_hooks(model, site, known=known) for site in sites}, batch_size, prepend_bos)
+    found: dict[str, list[np.ndarray]] = {site: [] for site in sites}
+    for first in range(0, len(prompts), batch_size):
+        values = read(list(prompts[first : first + batch_size])).values
+        for site in sites:
+            found[site].append(values[site].copy())  # the reader's room is used again
+    return {site: np.concatenate(blocks) for site, blocks in found.items()}
+
+
 class _Read(NamedTuple):
     """What groups of hook points give at the last position of prompts, and the prompts' tokens, padded with -1."""
 
