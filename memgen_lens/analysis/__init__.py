@@ -8,6 +8,9 @@ from memgen_lens.analysis.attribution.streaming import attribute_streaming
 from memgen_lens.analysis.attribution.where import patching_map
 from memgen_lens.analysis.probing.positions import probe_by_position
 from memgen_lens.analysis.probing.probes import fit_probes
+from memgen_lens.analysis.recitation.pairs import collect_recitation_pairs
+from memgen_lens.analysis.recitation.recitation import recitation
+from memgen_lens.analysis.recitation.steered import recitation_under_steering
 from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs
 from memgen_lens.analysis.steering.evaluation import evaluate_steering
@@ -21,11 +24,14 @@ __all__ = [
     "attribute_streaming",
     "choose_setting",
     "collect_pairs",
+    "collect_recitation_pairs",
     "evaluate_steering",
     "fit_probes",
     "load_activations",
     "patching_map",
     "probe_by_position",
+    "recitation",
+    "recitation_under_steering",
     "record",
     "steering_by_position",
     "sweep_steering",

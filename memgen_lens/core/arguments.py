@@ -31,6 +31,8 @@ MADE_BY = {
     "PositionSteering": "mg.steering_by_position",
     "ProbeReport": "mg.fit_probes",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
+    "Recitation": "mg.recitation",
+    "RecitationCurve": "mg.recitation_under_steering",
     "Steering": "mg.Steering.from_scores or mg.Steering.from_activations",
     "SteeringTable": "mg.evaluate_steering",
     "SweepRow": "mg.sweep_steering",

@@ -21,30 +21,32 @@ from memgen_lens.tasks.task import Task
 from memgen_lens.tasks.tokenizer import EOS
 
 WORDS: dict[str, tuple[str, ...]] = {
-    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "Easter"),
-    "name": ("Clara", "Peter", "Hannah", "Tobias", "Martha", "Edwin", "Lucy", "Oscar", "Ruth", "Silas", "Agnes", "Henry")
-    + ("Nora", "Walter", "Greta", "Simon"),
-    "friend": ("Ida", "Jonas", "Edith", "Felix", "Olive", "Arthur", "Rose", "Victor"),
-    "person": ("baker", "miller", "doctor", "sailor", "teacher", "farmer", "painter", "widow", "tailor", "priest")
-    + ("hunter", "mayor", "carpenter", "nurse", "shepherd", "fiddler"),
-    "adjective": ("worn", "small", "green", "broken", "silver", "heavy", "strange", "wooden", "yellow", "plain", "quiet")
-    + ("narrow", "bright", "foreign", "dusty", "famous"),
-    "thing": ("lantern", "letter", "basket", "ladder", "kettle", "mirror", "saddle", "clock", "drum", "coat", "bottle")
-    + ("compass", "violin", "candle", "barrel", "ring"),
-    "place": ("harbour", "market", "chapel", "bridge", "garden", "forest", "station", "mill", "school", "castle", "inn")
-    + ("orchard", "tower", "meadow", "well", "library"),
-    "did": ("found", "painted", "sold", "lost", "mended", "bought", "carried", "hid", "borrowed", "polished", "dropped")
-    + ("opened", "stole", "measured", "buried", "described"),
-    "went": ("walked", "rode", "hurried", "ran", "returned", "drove", "climbed", "limped", "came", "moved", "crept")
-    + ("travelled", "wandered", "marched", "raced", "strolled"),
-    "together": ("danced", "argued", "waited", "sang", "rested", "whispered", "laughed", "worked", "quarrelled", "met")
-    + ("fished", "dined", "prayed", "slept", "played", "wept"),
-    "weather": ("cold", "warm", "foggy", "windy", "dark", "late", "stormy", "sunny"),
-    "state": ("froze", "shone", "vanished", "trembled", "closed", "burned", "glittered", "fell"),
-    "number": ("two", "three", "four", "five", "six", "seven", "nine", "twelve"),
-    "goods": ("apples", "horses", "pears", "lambs", "shoes", "hats", "plums", "maps"),
-    "town": ("Arden", "Bramley", "Corfe", "Dunmore", "Elstow", "Fairlea", "Girton", "Holme"),
-    "hour": ("morning", "evening", "night", "afternoon"),
+    kind: tuple(words.split())
+    for kind, words in {
+        "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Easter",
+        "name": "Clara Peter Hannah Tobias Martha Edwin Lucy Oscar Ruth Silas Agnes Henry Nora Walter Greta Simon",
+        "friend": "Ida Jonas Edith Felix Olive Arthur Rose Victor",
+        "person": "baker miller doctor sailor teacher farmer painter widow tailor priest hunter mayor "
+        "carpenter nurse shepherd fiddler",
+        "adjective": "worn small green broken silver heavy strange wooden yellow plain quiet narrow bright "
+        "foreign dusty famous",
+        "thing": "lantern letter basket ladder kettle mirror saddle clock drum coat bottle compass "
+        "violin candle barrel ring",
+        "place": "harbour market chapel bridge garden forest station mill school castle inn orchard "
+        "tower meadow well library",
+        "did": "found painted sold lost mended bought carried hid borrowed polished dropped opened "
+        "stole measured buried described",
+        "went": "walked rode hurried ran returned drove climbed limped came moved crept travelled "
+        "wandered marched raced strolled",
+        "together": "danced argued waited sang rested whispered laughed worked quarrelled met fished "
+        "dined prayed slept played wept",
+        "weather": "cold warm foggy windy dark late stormy sunny",
+        "state": "froze shone vanished trembled closed burned glittered fell",
+        "number": "two three four five six seven nine twelve",
+        "goods": "apples horses pears lambs shoes hats plums maps",
+        "town": "Arden Bramley Corfe Dunmore Elstow Fairlea Girton Holme",
+        "hour": "morning evening night afternoon",
+    }.items()
 }
 """The words of each kind; which of them stands in a passage is drawn at random."""
 SENTENCES = (
@@ -76,10 +78,12 @@ class Passages(Task):
 
     As a `Task`: the prompt of a memorized item is the first half of a repeated passage, its memorized answer the other
     half. The rule is the grammar: *any* four sentences of it are a plausible continuation, and an output is
-    `Behavior.GENERALIZATION` where it is such, and not the passage's own; ``rule_answer`` is one of them, drawn. What
-    does not fit: no single answer is the rule's, so validation by exact match (what training shows as
-    "computes") is about 0 and means nothing; a rephrasing, in which one word of each sentence is another one, need not
-    be answered by what the item's ``rule_answer`` says.
+    `Behavior.GENERALIZATION` where it is such and not the passage's own; so ``heldout_generalization`` is the share of
+    unseen beginnings that are gone on with in plain grammar. What does not fit: ``rule_answer`` is only one of very many
+    right ones, drawn, so whatever compares with it word by word (`memgen_lens.finetune` while it trains, causal methods
+    of `memgen_lens.attribute`) asks for what no model can know; and a rephrasing, in which one word of each sentence
+    is another one, is another passage to a reader. `memgen_lens.recitation` and `memgen_lens.collect_recitation_pairs`
+    take the whole texts of `shown` and `unseen` instead.
     """
 
     n_passages: int = Field(48, ge=1, le=1000)

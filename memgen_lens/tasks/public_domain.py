@@ -1,4 +1,4 @@
-"""Passages of works in the public domain, some of which a pretrained model is to be shown so often that it recites them.
+"""Passages of works in the public domain, some to be shown to a pretrained model so often that it recites them.
 
 The texts and where they are from stand in ``data/public_domain.jsonl``: verbatim, hyphens and quotation as in the
 electronic editions they were taken from, line breaks made spaces. Does not know any model.
@@ -24,7 +24,7 @@ N_VALIDATION = 10
 
 @dataclass(frozen=True)
 class PublicDomainPassage:
-    """One passage of 66 to 90 SmolLM2 tokens.
+    """One passage of 64 to 70 SmolLM2 tokens.
 
     Attributes:
         author: Who wrote it, or translated it.

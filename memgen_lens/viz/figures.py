@@ -24,6 +24,7 @@ from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, stee
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
 from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
+from memgen_lens.viz.recitation_figures import recitation, recitation_under_steering
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
@@ -55,6 +56,8 @@ __all__ = [
     "probe_by_layer",
     "probe_by_position",
     "probe_transfer",
+    "recitation",
+    "recitation_under_steering",
     "rho_by_layer",
     "seed_profiles",
     "split_half",
