@@ -182,8 +182,8 @@ class RecitationCurve:
     def best(self, max_ratio: float = 1.1) -> int:
         """Place of the steering that leaves the least recited among those that cost at most so much.
 
-        Of several that leave equally little, the one with the lowest perplexity on other text; where none is cheap
-        enough, the cheapest. To be asked of the texts that one chooses on, never of those that one reports on.
+        Of several that leave equally little, the one under which texts are left soonest (``matched``), then the
+        cheapest; where none is cheap enough, the cheapest. To be asked of the texts that one chooses on, never of those that one reports on.
 
         Args:
             max_ratio: Perplexity on other text, steered over unsteered, at most.
@@ -198,7 +198,7 @@ class RecitationCurve:
         cheap = [i for i, point in enumerate(self.points) if point.other_ratio <= max_ratio]
         if not cheap:
             return min(range(len(self.points)), key=lambda i: self.points[i].other_ratio)
-        return min(cheap, key=lambda i: (self.points[i].recited["rate"], self.points[i].other_ratio))
+        return min(cheap, key=lambda i: _left_and_cost(self.points[i]))
 
     @arguments("RecitationCurve.save", path=kinds.place("RecitationCurve.save"))
     def save(self, path: str | Path) -> Path:
@@ -225,13 +225,18 @@ class RecitationCurve:
             raise damaged(Path(path), f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
+def _left_and_cost(point: RecitationPoint) -> tuple[float, float, float]:
+    return point.recited["rate"], point.matched, point.other_ratio
+
+
 def _point(value: dict[str, Any]) -> RecitationPoint:
-    setting = None if value["setting"] is None else SteeringSetting(**value["setting"])
-    floats = {
+    changed: dict[str, Any] = {
         name: float("nan") if value[name] is None else value[name]
         for name in ("perplexity", "other_perplexity", "other_ratio", "kl_nats")
     }
-    return RecitationPoint(**(value | floats | {"setting": setting, "layers": tuple(value["layers"])}))
+    changed["setting"] = None if value["setting"] is None else SteeringSetting(**value["setting"])
+    changed["layers"] = tuple(value["layers"])
+    return RecitationPoint(**(value | changed))
 
 
 def _written(path: str | Path, record: Any) -> Path:

@@ -79,7 +79,7 @@ class Passages(Task):
     As a `Task`: the prompt of a memorized item is the first half of a repeated passage, its memorized answer the other
     half. The rule is the grammar: *any* four sentences of it are a plausible continuation, and an output is
     `Behavior.GENERALIZATION` where it is such and not the passage's own; so ``heldout_generalization`` is the share of
-    unseen beginnings that are gone on with in plain grammar. What does not fit: ``rule_answer`` is only one of very many
+    unseen beginnings that are gone on with in plain grammar. What does not fit: ``rule_answer`` is one of very many
     right ones, drawn, so whatever compares with it word by word (`memgen_lens.finetune` while it trains, causal methods
     of `memgen_lens.attribute`) asks for what no model can know; and a rephrasing, in which one word of each sentence
     is another one, is another passage to a reader. `memgen_lens.recitation` and `memgen_lens.collect_recitation_pairs`

@@ -32,7 +32,7 @@ def recitation(result: Recitation) -> go.Figure:
     Args:
         result: What `memgen_lens.recitation` found.
     """
-    at_least_one(result.matched, "figures.recitation", "text")
+    at_least_one(result.group, "figures.recitation", "text")
     labels = list(dict.fromkeys(result.group))
     names = [escape(str(label)) or "texts" for label in labels]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)

@@ -124,12 +124,14 @@ def _chance(
     """Mean of each measure against random tokens, and against the suffix of the next text that has another one."""
     rng = np.random.default_rng(seed)
     random = measured(np.tile(said, (N_RANDOM, 1)), rng.integers(d_vocab, size=(N_RANDOM * len(said), said.shape[1])))
-    others = [
-        next((j for j in (np.arange(1, len(said)) + i) % len(said) if (wanted[j] != wanted[i]).any()), None)
+    partners = [
+        (i, int(j))
         for i in range(len(said))
+        for j in [next((j for j in (np.arange(1, len(said)) + i) % len(said) if (wanted[j] != wanted[i]).any()), -1)]
+        if j >= 0
     ]
-    there = [i for i, other in enumerate(others) if other is not None]
-    other = measured(said[there], wanted[[others[i] for i in there]]) if there else None
+    mine, others = (np.array(side, dtype=np.int64) for side in zip(*partners, strict=True)) if partners else ([], [])
+    other = measured(said[mine], wanted[others]) if partners else None
     return {
         "random_tokens": {name: float(values.mean()) for name, values in random.items()},
         "other_suffix": None if other is None else {name: float(values.mean()) for name, values in other.items()},

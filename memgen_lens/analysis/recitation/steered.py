@@ -215,7 +215,7 @@ def _measured(
     with np.errstate(over="ignore"):  # a model that is steered to pieces has a perplexity beyond any number
         return [
             _Figures(
-                right[i, :, :k].all(1),
+                np.asarray(right[i, :, :k].all(1)),
                 float(right[i].cumprod(1).sum(1).mean()),
                 float(np.exp(nll[i].mean())),
                 float(np.exp(other_nll[i].mean())),

@@ -97,7 +97,8 @@ def test_the_cheapest_that_recites_least_is_best_and_the_record_comes_back(model
     texts, other = planted.following(8), planted.unordered(8)
     curve = mg.recitation_under_steering(model, texts, steerings, other_texts=other, n_controls=2, **HOW)
     ratios = [point.other_ratio for point in curve.points]
-    assert curve.best(max_ratio=1e9) == 2  # of two that leave nothing, the cheaper
+    assert [point.matched for point in curve.points[:2]] == [SUFFIX, SUFFIX]
+    assert curve.best(max_ratio=1e9) == 2  # of two that leave equally little and as soon, the cheaper
     assert curve.best(max_ratio=(ratios[1] + ratios[2]) / 2) == 0  # of two that leave all, the cheaper
     assert curve.best(max_ratio=0.5) == int(np.argmin(ratios))
     assert RecitationCurve.load(curve.save(tmp_path / "curve.json")) == curve
