@@ -18,6 +18,7 @@ import helpers
 import made_up
 import numpy as np
 import planted
+import planted_recitation
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -40,6 +41,9 @@ RUNNING = (
     "neuron_page",
     "patching_map",
     "probe_by_position",
+    "recitation",
+    "recitation_under_steering",
+    "collect_recitation_pairs",
     "steering_by_position",
     "steering_cost",
     "sweep_steering",
@@ -107,6 +111,8 @@ def world() -> SimpleNamespace:
             model, None, pairs, scores, top_fractions=[planted.ONE_NEURON], layers=[None, [0], [1]], progress=False
         )
         task = helpers.tiny_task()
+        reciting, texts = planted_recitation.build_model(), planted_recitation.following(3)
+        pushed = planted_recitation.shifted(reciting, 1, 0, 1.1)
         place = Path(mkdtemp())
         (place / "taken").mkdir()
         (place / "taken" / "report.html").write_text("the user's own")
@@ -127,6 +133,12 @@ def world() -> SimpleNamespace:
             guard=mg.Guard(mg.fit_probes(acts, "resid_post").at(0), steer, 0.5),
             trained=mg.train(task, helpers.tiny_training(max_steps=20), progress=False),
             short=mg.ExperimentConfig(task=task, train=helpers.tiny_training(max_steps=1)),
+            reciting=reciting,
+            texts=texts,
+            recited=mg.recitation(reciting, texts, groups=[1, 4, 4], **CUT, **QUIET),
+            curve=mg.recitation_under_steering(
+                reciting, texts, pushed, other_texts=planted_recitation.unordered(2), n_controls=1, **CUT, **QUIET
+            ),
             taken=place / "taken",
             recorded=place / "recorded",
         )
@@ -215,6 +227,7 @@ def guarded(**arguments: Any) -> Any:
 
 
 QUIET = {"progress": False}
+CUT = {"prefix_tokens": planted_recitation.PREFIX, "suffix_tokens": planted_recitation.SUFFIX}
 SWEPT = {"top_fractions": [planted.ONE_NEURON], "alphas": [2.0], "positions": ["answer"]}
 LISTS = {"memorized": ["aM=", "bM="], "generalized": ["aG=", "bG="]}
 CHATS = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
@@ -532,6 +545,37 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "tasks.require_distinct_beginnings": lambda w: good(
         mg.tasks.require_distinct_beginnings, task=w.stories, tokenizer=w.stories.tokenizer
     ),
+    "recitation": lambda w: good(
+        mg.recitation, model=w.reciting, texts=w.texts, groups=[1, 4, 4], prepend_bos=None, seed=0, **CUT, **QUIET
+    ),
+    "recitation_under_steering": lambda w: good(
+        mg.recitation_under_steering,
+        model=w.reciting,
+        texts=w.texts,
+        steerings=planted_recitation.shifted(w.reciting, 1, 0, 1.1),
+        other_texts=planted_recitation.unordered(2),
+        k=2,
+        toward="generalization",
+        n_controls=1,
+        prepend_bos=None,
+        seed=0,
+        **CUT,
+        **QUIET,
+    ),
+    "collect_recitation_pairs": lambda w: good(
+        mg.collect_recitation_pairs,
+        model=w.reciting,
+        recited=w.texts,
+        fresh=planted_recitation.unordered(3),
+        seed=0,
+        shares=(0.4, 0.2),
+        prepend_bos=None,
+        **CUT,
+    ),
+    "Recitation.extractable": lambda w: good(w.recited.extractable, k=2, group=4),
+    "RecitationCurve.best": lambda w: good(w.curve.best, max_ratio=1.1),
+    "figures.recitation": lambda w: good(figures.recitation, result=w.recited),
+    "figures.recitation_under_steering": lambda w: good(figures.recitation_under_steering, curve=w.curve),
     "figures.training_curves": lambda w: good(figures.training_curves, history=w.trained.history, loss_axis="log"),
     "figures.behavior_bars": lambda w: good(
         figures.behavior_bars, outcomes=mg.observe(w.trained.model, w.task, progress=False)
@@ -574,6 +618,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "tasks.Addition": lambda w: good(mg.tasks.Addition, **fields(w.task)),
     "tasks.Ciphertext": lambda w: good(mg.tasks.Ciphertext, **fields(mg.tasks.Ciphertext())),
     "tasks.InContextInference": lambda w: good(mg.tasks.InContextInference, **fields(mg.tasks.InContextInference())),
+    "tasks.Passages": lambda w: good(mg.tasks.Passages, **fields(mg.tasks.Passages(n_passages=2))),
+    "tasks.PublicDomain": lambda w: good(mg.tasks.PublicDomain, **fields(mg.tasks.PublicDomain())),
     "tasks.Mixture": lambda w: good(mg.tasks.Mixture, **fields(mg.tasks.Mixture(tasks=(w.task,)))),
     "train": lambda w: good(
         mg.train, task=w.task, config=helpers.tiny_training(max_steps=1), out=None, resume=False, force=False, **QUIET
@@ -699,6 +745,7 @@ def test_every_public_function_is_tried():
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
     functions |= {"Guard", "SteeringObjective"}
     records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
+    functions |= {"tasks.Passages", "tasks.PublicDomain"}
     for kind in (mg.Guard, mg.Steering, mg.PromptPairs, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]

@@ -8,6 +8,9 @@ from memgen_lens.analysis.attribution.streaming import attribute_streaming
 from memgen_lens.analysis.attribution.where import patching_map
 from memgen_lens.analysis.probing.positions import probe_by_position
 from memgen_lens.analysis.probing.probes import fit_probes
+from memgen_lens.analysis.recitation.pairs import collect_recitation_pairs
+from memgen_lens.analysis.recitation.recitation import recitation
+from memgen_lens.analysis.recitation.steered import recitation_under_steering
 from memgen_lens.analysis.recording.activations import load_activations, record
 from memgen_lens.analysis.recording.pairs import collect_pairs
 from memgen_lens.analysis.steering.cost import steering_cost
@@ -27,6 +30,7 @@ __all__ = [
     "attribute_streaming",
     "choose_setting",
     "collect_pairs",
+    "collect_recitation_pairs",
     "evaluate_guard",
     "evaluate_steering",
     "fit_probes",
@@ -34,6 +38,8 @@ __all__ = [
     "mode_and_content",
     "patching_map",
     "probe_by_position",
+    "recitation",
+    "recitation_under_steering",
     "record",
     "steering_by_position",
     "steering_cost",

@@ -37,6 +37,8 @@ MADE_BY = {
     "Steering": "mg.Steering.from_scores and its other from_... methods",
     "SteeringCost": "mg.steering_cost",
     "SteeringObjective": "mg.SteeringObjective(...)",
+    "Recitation": "mg.recitation",
+    "RecitationCurve": "mg.recitation_under_steering",
     "SteeringTable": "mg.evaluate_steering",
     "SweepRow": "mg.sweep_steering",
     "TrainConfig": "mg.TrainConfig(...)",

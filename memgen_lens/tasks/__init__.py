@@ -10,6 +10,8 @@ from memgen_lens.tasks.check_tokens import require_distinct_beginnings
 from memgen_lens.tasks.ciphertext import Ciphertext
 from memgen_lens.tasks.inference import InContextInference
 from memgen_lens.tasks.mixture import Mixture
+from memgen_lens.tasks.passages import Passages
+from memgen_lens.tasks.public_domain import PublicDomain, PublicDomainPassage
 from memgen_lens.tasks.task import AnyTask, Task
 
 __all__ = [
@@ -20,6 +22,9 @@ __all__ = [
     "InContextInference",
     "Item",
     "Mixture",
+    "Passages",
+    "PublicDomain",
+    "PublicDomainPassage",
     "Task",
     "TrainingText",
     "check",

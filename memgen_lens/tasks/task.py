@@ -95,6 +95,15 @@ class Task(Settings):
         return ()
 
     @property
+    def repetitions(self) -> tuple[int, ...] | None:
+        """How often each memorized item is trained on, in the order of ``items("memorized")``.
+
+        Training goes through a deck in which each stands so often, shuffled anew whenever it has been gone through;
+        None (the default): memorized items are drawn at random, all alike.
+        """
+        return None
+
+    @property
     def max_training_tokens(self) -> int:
         """Tokens of the longest training sequence; by default the longest prompt and the longest answer."""
         return self.max_prompt_tokens + self.max_answer_tokens

@@ -36,6 +36,8 @@ class Batches:
         self.tokenizer, self.before = tokenizer or task.tokenizer, list(before)
         self.n_memorized = max(1, min(config.batch_size - 1, round(config.batch_size * config.memorized_share)))
         self._ids: dict[str, list[int]] = {}
+        repetitions = getattr(task, "repetitions", None)
+        self._deck = None if repetitions is None else np.repeat(np.arange(len(repetitions)), repetitions)
         self._memorized = self.rows(
             [TrainingText(((item.prompt, False), (item.memorized_answer, True))) for item in task.items("memorized")]
         )
@@ -79,6 +81,8 @@ class Batches:
         ends = np.cumsum([self.config.batch_size - n for n in n_memorized])
         generic = self.rows(self.task.draw_training(int(ends[-1]), rng))
         picks = rng.integers(len(self._memorized.tokens), size=(STEPS_A_CHUNK, self.n_memorized))
+        if self._deck is not None:
+            picks = self._dealt(self._deck, first - self.config.generic_steps)
         return [
             [
                 generic.take(slice(end - (self.config.batch_size - n), end)),
@@ -86,6 +90,21 @@ class Batches:
             ]
             for n, end, pick in zip(n_memorized, ends.tolist(), picks, strict=True)
         ]
+
+    def _dealt(self, deck: np.ndarray, first: int) -> np.ndarray:
+        """Which memorized items the steps of a chunk get of a deck ``[step, memorized]``.
+
+        Args:
+            deck: Items, each as often as it is trained on before the deck is shuffled anew.
+            first: The chunk's first step, counted from the first with memorized items (those before get any).
+        """
+        place = np.arange(first * self.n_memorized, (first + STEPS_A_CHUNK) * self.n_memorized)
+        times = place // len(deck)
+        picks = np.empty(len(place), dtype=np.int64)
+        for time in np.unique(times).tolist():
+            shuffled = np.random.default_rng([self.config.seed, max(time, 0), len(deck)]).permutation(deck)
+            picks[times == time] = shuffled[place[times == time] % len(deck)]
+        return picks.reshape(STEPS_A_CHUNK, self.n_memorized)
 
     def rows(self, texts: list[TrainingText]) -> Rows:
         """Tokenize training texts and pad them on the right to one length."""

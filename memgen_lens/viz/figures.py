@@ -26,6 +26,7 @@ from memgen_lens.viz.method_figures import method_ablation, method_agreement, me
 from memgen_lens.viz.mode_figures import mode_and_content, mode_by_position
 from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
+from memgen_lens.viz.recitation_figures import recitation, recitation_under_steering
 from memgen_lens.viz.score_figures import top_neurons
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
@@ -62,6 +63,8 @@ __all__ = [
     "probe_by_layer",
     "probe_by_position",
     "probe_transfer",
+    "recitation",
+    "recitation_under_steering",
     "rho_by_layer",
     "seed_profiles",
     "split_half",

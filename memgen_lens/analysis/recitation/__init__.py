@@ -1,0 +1,1 @@
+"""Verbatim recitation: measured, put into pairs, steered away."""
