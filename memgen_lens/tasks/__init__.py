@@ -10,6 +10,7 @@ from memgen_lens.tasks.check_tokens import require_distinct_beginnings
 from memgen_lens.tasks.ciphertext import Ciphertext
 from memgen_lens.tasks.inference import InContextInference
 from memgen_lens.tasks.mixture import Mixture
+from memgen_lens.tasks.shortcut import Shortcut
 from memgen_lens.tasks.task import AnyTask, Task
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "InContextInference",
     "Item",
     "Mixture",
+    "Shortcut",
     "Task",
     "TrainingText",
     "check",
