@@ -70,7 +70,9 @@ def measured(condition: str, seed: int, max_steps: int) -> dict[str, float]:
     """All figures of one model."""
     task = mg.tasks.Shortcut(seed=seed)
     run = mg.train(task, config(condition, seed, max_steps), progress=False)
-    split = {name: mg.observe(run.model, task, split=name, progress=False) for name in ("heldout", "memorized", "rephrased")}
+    split = {
+        name: mg.observe(run.model, task, split=name, progress=False) for name in ("heldout", "memorized", "rephrased")
+    }
 
     def share(name: str, behavior: mg.Behavior) -> float:
         return float(np.mean([outcome.behavior is behavior for outcome in split[name]]))

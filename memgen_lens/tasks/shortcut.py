@@ -1,6 +1,6 @@
 """Sums beside a letter that gives most of them away: a shortcut, with exceptions that can be learned by heart.
 
-After the setting of arXiv 2412.07684 ("The Pitfalls of Memorization", section 3): a finite training set in which a
+After the setting of arXiv 2412.07684 ("The Pitfalls of Memorization"): a finite training set in which a
 spurious feature, easier than the rule, is right about most answers, and input noise lets the rest be memorized; then no
 loss is left that would teach the rule. The paper's features are numbers and its classes two; ours are characters and
 ``n_answers`` classes, and its noise is ours as a name.

@@ -24,7 +24,6 @@ Departures from both papers:
 - the number of steps is set, where XRM chooses among settings by the most flips.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +44,7 @@ from memgen_lens.models.build import build_model
 from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.tensors import load_tensors, save_tensors
 from memgen_lens.training.batches import Batches
+from memgen_lens.training.checkpoints import list_checkpoints
 from memgen_lens.training.forward import Rows, labelled_loss, logits_of
 from memgen_lens.training.loop import optimizer_of, require_finite, take_step
 
@@ -75,7 +75,9 @@ class HeldOut:
     @torch.no_grad()
     def expected(self, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
         """``log(p_ho + 1e-6)`` at and after each group's first label, in the order of `labelled_logits`."""
-        return torch.log(self.predicted(groups) @ self.calibration + LEAST)
+        predicted = self.predicted(groups)
+        with torch.autocast(predicted.device.type, enabled=False):
+            return torch.log(predicted @ self.calibration + LEAST)
 
     @torch.no_grad()
     def predicted(self, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
@@ -93,7 +95,7 @@ class HeldOut:
             if not mine:
                 continue
             logits = logits_of(model, [rows for rows, _, _ in mine]).float()
-            sizes = [out[pick].flatten(0, 1).shape[0] for _, out, pick in mine]
+            sizes = [len(pick) * out.shape[1] for _, out, pick in mine]
             for part, (_, out, pick) in zip(logits.split(sizes), mine, strict=True):
                 out[pick] = part.view(len(pick), *out.shape[1:])
         return torch.cat([(out / self.cross_fit.temperature).softmax(-1).flatten(0, 1) for out in outputs])
@@ -140,7 +142,9 @@ def held_out_predictors(
     models = [build_model(config.model, task.tokenizer, n_ctx=n_ctx, seed=seed, device=config.device) for seed in seeds]
     found = HeldOut(models, cross_fit, seed=config.seed)
     path = None if directory is None else directory / "checkpoints" / FILE
-    if not (resume and path is not None and _read(found, path, config.device)):
+    # Where no checkpoint is, nothing has made sure that what is there was made with these settings.
+    begun = resume and path is not None and bool(list_checkpoints(path.parent))
+    if not (begun and path is not None and _read(found, path, config.device)):
         _fit(found, task, config, progress=progress, bf16=bf16)
         if path is not None:
             save_tensors(found.state(), path)
@@ -176,44 +180,53 @@ def flipped(groups: list[Rows], predicted: Float[Tensor, "labelled d_vocab"]) ->
 class _Predictor:
     """One of them while it learns: from all rows but those of its fold."""
 
-    def __init__(self, found: HeldOut, k: int) -> None:
-        self.found, self.k, self.model = found, k, found.models[k]
+    def __init__(self, found: HeldOut, k: int, *, bf16: bool) -> None:
+        self.found, self.k, self.bf16, self.model = found, k, bf16, found.models[k]
         self.parameters = list(self.model.parameters())
 
     def loss(self, groups: list[Rows]) -> Tensor:
         mine = [rows.take((self.found.folds(rows) != self.k).nonzero()[:, 0]) for rows in groups]
         mine = [rows for rows in mine if len(rows.tokens)]
-        if not mine:  # a batch of one fold: nothing to learn, and no weight without a gradient
-            return sum((parameter.sum() * 0 for parameter in self.parameters), torch.zeros(()))
-        return labelled_loss(logits_of(self.model, mine), mine)
+        with torch.autocast(groups[0].tokens.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            if not mine:  # a batch of its own fold alone teaches nothing
+                return logits_of(self.model, groups).sum() * 0
+            return labelled_loss(logits_of(self.model, mine), mine)
 
 
 def _fit(found: HeldOut, task: Any, config: TrainConfig, *, progress: bool, bf16: bool) -> None:
     """Train all predictors side by side, on the batches of the run, then calibrate."""
-    steps, device = found.cross_fit.steps, torch.device(config.device)
+    steps = found.cross_fit.steps
     stop = steps + CALIBRATION_STEPS
     own = config.but(max_steps=stop, generic_steps=0, objective="plain", cross_fit=None)
     schedule = own.but(max_steps=steps)
-    learners = [_Predictor(found, k) for k in range(len(found.models))]
+    learners = [_Predictor(found, k, bf16=bf16) for k in range(len(found.models))]
     optimizers = [optimizer_of(learner, schedule) for learner in learners]
     counts = torch.zeros_like(found.calibration, dtype=torch.float64)
-    bar = tqdm(total=steps, disable=not progress, desc=f"train {task.name}: held-out predictors", unit="step")
-    with bar, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+
+    def predicted(groups: list[Rows]) -> Tensor:
+        with torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=bf16):
+            return found.predicted(groups)
+
+    with tqdm(total=steps, disable=not progress, desc=f"train {task.name}: held-out predictors", unit="step") as bar:
         for step, groups in enumerate(Batches(task, own).from_step(0, stop)):
             groups = [rows.to(config.device) for rows in groups]
             if step < steps:
-                taught = flipped(groups, found.predicted(groups)) if found.cross_fit.flips else groups
+                taught = flipped(groups, predicted(groups)) if found.cross_fit.flips else groups
                 for learner, optimizer in zip(learners, optimizers, strict=True):
                     loss = take_step(learner, optimizer, taught, step, schedule)
                     if step + 1 == steps:
                         require_finite("train", float(loss), steps, config)
                 bar.update()
             elif found.cross_fit.calibrated:
-                _count(counts, found.predicted(groups), groups)
+                _count(counts, predicted(groups), groups)
     if found.cross_fit.calibrated:
-        total = counts.sum(1, keepdim=True)
-        shares = torch.where(total > 0, counts / total.clamp_min(math.ulp(0.0)), torch.eye(len(counts)).to(counts))
-        found.calibration = shares.to(found.calibration)
+        found.calibration = _shares(counts).to(found.calibration)
+
+
+def _shares(counts: Float[Tensor, "predicted label"]) -> Float[Tensor, "predicted label"]:
+    """``c(v, y) / sum_y' c(v, y')``; a token that is never predicted stands for itself."""
+    total = counts.sum(1, keepdim=True)
+    return torch.where(total > 0, counts / total, torch.eye(len(counts)).to(counts))
 
 
 def _count(
@@ -238,7 +251,7 @@ def _read(found: HeldOut, path: Path, device: str) -> bool:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Numbers of 64 bits that have nothing in common with theirs neighbours (the finalizer of splitmix64)."""
+    """Numbers of 64 bits that have nothing in common with those of their neighbours (the finalizer of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

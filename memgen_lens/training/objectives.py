@@ -19,7 +19,7 @@ def shifted_loss(
     """The loss of memorization-aware training (MAT): cross-entropy of logits shifted by what is expected anyway.
 
     ``-mean_t log softmax(f(x_t) + strength * log p_ho(. | x_t))[y_t]``, in nats a labelled token, after Bayat et al.,
-    "The Pitfalls of Memorization" (arXiv 2412.07684, section 4): ``f`` are the model's logits, ``p_ho`` is what a
+    "The Pitfalls of Memorization" (arXiv 2412.07684) and their code: ``f`` are the model's logits, ``p_ho`` is what a
     predictor expects that was not trained on ``x`` (calibrated; `memgen_lens.training.held_out`), and ``t`` runs over
     all labelled tokens. Where ``p_ho`` gives the label alone, no gradient is left; where it is sure of another token,
     the model has to outdo it, by the rule or by heart. Whoever asks the trained model asks ``f``, without the shift.
