@@ -481,6 +481,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "tasks.Ciphertext": lambda w: good(mg.tasks.Ciphertext, **fields(mg.tasks.Ciphertext())),
     "tasks.InContextInference": lambda w: good(mg.tasks.InContextInference, **fields(mg.tasks.InContextInference())),
     "tasks.Mixture": lambda w: good(mg.tasks.Mixture, **fields(mg.tasks.Mixture(tasks=(w.task,)))),
+    "tasks.Shortcut": lambda w: good(mg.tasks.Shortcut, **fields(mg.tasks.Shortcut())),
+    "CrossFit": lambda w: good(mg.CrossFit, **dict(mg.CrossFit())),
     "train": lambda w: good(
         mg.train, task=w.task, config=helpers.tiny_training(max_steps=1), out=None, resume=False, force=False, **QUIET
     ),
@@ -587,9 +589,9 @@ def test_every_public_function_is_tried():
     functions = {name for name in mg.__all__ if inspect.isfunction(getattr(mg, name))}
     functions |= {f"consistency.{name}" for name in mg.consistency.__all__}
     functions |= {f"figures.{name}" for name in figures.__all__}
-    functions |= {name for name in mg.__all__ if name.endswith("Config")}
+    functions |= {name for name in mg.__all__ if name.endswith("Config")} | {"CrossFit"}
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
-    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
+    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture", "Shortcut")}
     for kind in (mg.Steering, mg.PromptPairs, mg.NeuronScores, mg.Dynamics):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]

@@ -190,7 +190,7 @@ class Shortcut(Task):
         match = re.fullmatch(rf"([a-z]{{{self.name_length}}}):([0-9]\+[0-9],([{cues}])=)", prompt)
         if match is None:
             raise TaskError(
-                "Shortcut.rephrase",
+                "Shortcut",
                 expected=f"a prompt like '{ascii_lowercase[: self.name_length]}:3+5,B='",
                 received=repr(prompt),
                 fix="Pass an item of this task: task.items('memorized').",

@@ -43,7 +43,9 @@ class Rows:
 
     def take(self, index: slice | Int[Tensor, " row"]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.tokens[index], self.labels[index], self.start, self.lengths[index])
+        # Lengths stay on the CPU, wherever the rows are.
+        among = index if isinstance(index, slice) else index.to(self.lengths.device)
+        return Rows(self.tokens[index], self.labels[index], self.start, self.lengths[among])
 
     def to(self, device: str) -> "Rows":
         """The same rows on a device."""

@@ -83,6 +83,10 @@ def train(
     behaviours are measured every ``eval_every`` steps, on the validation prompts and on the memorized ones; the
     paper's rule (arXiv 2412.18497, section 3) keeps the model once it shows both.
 
+    With ``objective="mat"`` held-out predictors are trained first (`memgen_lens.training.held_out`), and what they
+    expect shifts the logits of the loss; what is measured and saved is the model without the shift. It is for tasks in
+    which a shortcut gives most answers: what the predictors have learned themselves, the model has less reason to.
+
     Args:
         task: A task (`memgen_lens.tasks`).
         config: Settings; the default trains 2 layers of width 128.
