@@ -35,7 +35,7 @@ def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--max-steps", type=int, default=1200)
+    parser.add_argument("--max-steps", type=int, default=1500)
     asked = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {condition: [] for condition in CONDITIONS}
     for seed in asked.seeds:
@@ -49,7 +49,7 @@ def config(condition: str, seed: int, max_steps: int) -> mg.TrainConfig:
     """How a model is trained; only the objective and the steps differ."""
     settings: dict[str, Any] = {"max_steps": max_steps}
     if condition == "mat":
-        settings |= {"objective": "mat", "cross_fit": mg.CrossFit(steps=200)}
+        settings |= {"objective": "mat"}
     elif condition != "plain":
         settings["max_steps"] = max_steps * 3 // 2
     return mg.TrainConfig(

@@ -14,13 +14,13 @@ class CrossFit(Settings):
     Every training sequence lies in one fold. Each fold has a predictor of the model's own shape that is trained on all
     other folds, and says what is expected of this one.
 
-    >>> CrossFit(folds=2, steps=300).strength
+    >>> CrossFit(folds=2, steps=200).strength
     1.0
     """
 
     folds: int = Field(2, ge=2, le=16)
     """Folds, and so predictors; the paper's twins are 2."""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(200, ge=1)
     """Optimizer steps of each predictor, on the run's own batches. They are to learn what is easy and wrong, not the
     rule: what they expect already, the model has no reason to learn."""
     flips: bool = True
