@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memgen_lens import tasks
 from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, Plant, TrainConfig
+from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import MemgenError
 from memgen_lens.core.threads import wait_briefly
 from memgen_lens.core.types import Behavior
@@ -108,6 +109,7 @@ _MODULES = ("consistency", "figures")
 __all__ = [
     "AnalysisConfig",
     "Behavior",
+    "CrossFit",
     "Dynamics",
     "ExperimentConfig",
     "FinetuneConfig",

@@ -621,6 +621,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "tasks.Passages": lambda w: good(mg.tasks.Passages, **fields(mg.tasks.Passages(n_passages=2))),
     "tasks.PublicDomain": lambda w: good(mg.tasks.PublicDomain, **fields(mg.tasks.PublicDomain())),
     "tasks.Mixture": lambda w: good(mg.tasks.Mixture, **fields(mg.tasks.Mixture(tasks=(w.task,)))),
+    "tasks.Shortcut": lambda w: good(mg.tasks.Shortcut, **fields(mg.tasks.Shortcut())),
+    "CrossFit": lambda w: good(mg.CrossFit, **dict(mg.CrossFit())),
     "train": lambda w: good(
         mg.train, task=w.task, config=helpers.tiny_training(max_steps=1), out=None, resume=False, force=False, **QUIET
     ),
@@ -740,12 +742,11 @@ def test_every_public_function_is_tried():
     functions = {name for name in mg.__all__ if inspect.isfunction(getattr(mg, name))}
     functions |= {f"consistency.{name}" for name in mg.consistency.__all__}
     functions |= {f"figures.{name}" for name in figures.__all__}
-    functions |= {name for name in mg.__all__ if name.endswith("Config")}
+    functions |= {name for name in mg.__all__ if name.endswith("Config")} | {"CrossFit"}
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
-    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
-    functions |= {"Guard", "SteeringObjective"}
+    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture", "Shortcut")}
+    functions |= {"Guard", "SteeringObjective", "tasks.Passages", "tasks.PublicDomain"}
     records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
-    functions |= {"tasks.Passages", "tasks.PublicDomain"}
     for kind in (mg.Guard, mg.Steering, mg.PromptPairs, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import SettingsError, shortened
 from memgen_lens.core.settings import MAX_SEED, Settings
 from memgen_lens.core.types import Direction, FittedKind, Positions
@@ -158,6 +159,29 @@ class TrainConfig(LearningConfig):
     """Shape of the model."""
     plant: Plant | None = None
     """Where recall is put; none = wherever it is learned."""
+    objective: Literal["plain", "mat"] = "plain"
+    """Cross-entropy of the model's logits, or of logits shifted by what held-out predictors expect, so that what they
+    expect need not be learned (memorization-aware training, arXiv 2412.07684)."""
+    cross_fit: CrossFit | None = None
+    """With ``objective="mat"``, how the held-out predictors are made; none = by `CrossFit`'s defaults."""
+
+    @model_validator(mode="after")
+    def _objective_is_whole(self) -> "TrainConfig":
+        if self.objective == "plain" and self.cross_fit is not None:
+            raise SettingsError(
+                "TrainConfig(cross_fit=...)",
+                expected="objective='mat' beside it, which alone has held-out predictors",
+                received="objective='plain'",
+                fix="Set objective='mat', or leave cross_fit out.",
+            )
+        if self.objective == "mat" and self.plant is not None:
+            raise SettingsError(
+                "TrainConfig(objective='mat')",
+                expected="no plant: both change the loss, and what the two would teach together is not defined",
+                received=f"plant={shortened(self.plant)}",
+                fix="Leave one of them out.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _plant_is_there(self) -> "TrainConfig":

@@ -20,6 +20,7 @@ LOCK = ".memgen_lens.lock"
 TRAINED_FILES = (
     "history.jsonl",
     "checkpoints/settings.json",
+    "checkpoints/held_out.safetensors",
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
     "adapter/README.md",

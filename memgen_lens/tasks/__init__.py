@@ -12,6 +12,7 @@ from memgen_lens.tasks.inference import InContextInference
 from memgen_lens.tasks.mixture import Mixture
 from memgen_lens.tasks.passages import Passages
 from memgen_lens.tasks.public_domain import PublicDomain, PublicDomainPassage
+from memgen_lens.tasks.shortcut import Shortcut
 from memgen_lens.tasks.task import AnyTask, Task
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Passages",
     "PublicDomain",
     "PublicDomainPassage",
+    "Shortcut",
     "Task",
     "TrainingText",
     "check",

@@ -19,6 +19,7 @@ from memgen_lens.fast.blocks import norm, qkv_weights, rotated
 from memgen_lens.fast.mlp import mlp
 from memgen_lens.fast.native import parameters_of
 from memgen_lens.fast.products import linear
+from memgen_lens.fast.support import why_not
 
 MlpStep = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]
 """From the residual stream before a block's MLP to the stream behind it."""
@@ -42,7 +43,9 @@ class Rows:
 
     def take(self, index: slice | Int[Tensor, " row"]) -> "Rows":
         """Some of the rows."""
-        return Rows(self.tokens[index], self.labels[index], self.start, self.lengths[index])
+        # Lengths stay on the CPU, wherever the rows are.
+        among = index if isinstance(index, slice) else index.to(self.lengths.device)
+        return Rows(self.tokens[index], self.labels[index], self.start, self.lengths[among])
 
     def to(self, device: str) -> "Rows":
         """The same rows on a device."""
@@ -78,6 +81,13 @@ def labelled_logits(
         x = mlps[index](x) if index in mlps else x + mlp(block.mlp, norm(block.ln2, x, cfg), cfg)
     x = norm(model.ln_final, x, cfg) if cfg.normalization_type is not None else x
     return linear(x, model.unembed.W_U, model.unembed.b_U)
+
+
+def logits_of(model: Any, groups: list[Rows]) -> Float[Tensor, "labelled d_vocab"]:
+    """`labelled_logits` of any model: by the fast forward where it allows, else by TransformerLens' own."""
+    if why_not(model.cfg) is None:
+        return labelled_logits(model, groups)
+    return torch.cat([model(rows.tokens)[:, rows.start :].flatten(0, 1) for rows in groups])
 
 
 def labelled_loss(logits: Float[Tensor, "labelled d_vocab"], groups: list[Rows]) -> Float[Tensor, ""]:

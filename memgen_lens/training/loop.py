@@ -28,8 +28,8 @@ START = {"step": 0, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 
 
 
 @runtime_checkable
-class Learner(Protocol):
-    """What learns."""
+class Teachable(Protocol):
+    """What a step teaches."""
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -39,6 +39,11 @@ class Learner(Protocol):
     def loss(self, groups: list[Rows]) -> Tensor:
         """Mean cross-entropy (nats a labelled token) of a batch."""
         ...
+
+
+@runtime_checkable
+class Learner(Teachable, Protocol):
+    """What learns from the first step to the last."""
 
     def measure(self) -> tuple[float, float, float]:
         """Rule's answers on validation prompts, recall of memorized ones, rule's answers on their rephrasings."""
@@ -73,13 +78,7 @@ def learn(
         ModelError: The loss is not finite.
         RunDirectoryError: The directory cannot be written, or its checkpoints are the other version's.
     """
-    optimizer = torch.optim.AdamW(
-        learner.parameters,
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizer_of(learner, config)
     state = None
     if resume and directory is not None:
         state = load_newest(directory / "checkpoints", learner.set_weights, optimizer, device=config.device)
@@ -97,13 +96,13 @@ def learn(
     bar = tqdm(total=config.max_steps, initial=step, disable=not progress, desc=f"{call} {task.name}", unit="step")
     with bar:
         for groups in batches.from_step(step, config.max_steps):
-            losses.append(_step(learner, optimizer, groups, step, config))
+            losses.append(take_step(learner, optimizer, groups, step, config))
             step, loss_steps = step + 1, loss_steps + 1
             tokens += sum(int(rows.lengths.sum()) for rows in groups)
             bar.update()
             if step % config.eval_every == 0 or step == config.max_steps:
                 loss = _total(losses) / loss_steps
-                _require_finite(call, loss, step, config)
+                require_finite(call, loss, step, config)
                 row = Evaluation(
                     step, tokens, loss, *learner.measure(), seconds=round(time.perf_counter() - started, 3)
                 )
@@ -125,12 +124,53 @@ def learn(
                     "loss_steps": loss_steps,
                     "stop_reason": stop_reason,
                 }
-                _require_finite(call, kept["loss_sum"], step, config)
+                require_finite(call, kept["loss_sum"], step, config)
                 save_checkpoint(directory / "checkpoints", step, learner.weights(), optimizer, kept)
             if stop_reason:
                 break
     assert stop_reason is not None, "the last step is always measured"
     return history, stop_reason
+
+
+def optimizer_of(learner: Teachable, config: LearningConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained, as the settings say."""
+    return torch.optim.AdamW(
+        learner.parameters,
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def take_step(
+    learner: Teachable, optimizer: torch.optim.Optimizer, groups: list[Rows], step: int, config: LearningConfig
+) -> Tensor:
+    """One optimizer step; returns the detached loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(step, config)
+    loss = learner.loss(groups)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.max_grad_norm, foreach=True)
+    optimizer.step()
+    return loss.detach() + 0 * norm.detach()  # a gradient that is not finite shows in the loss that is checked
+
+
+def require_finite(call: str, loss: float, step: int, config: LearningConfig) -> None:
+    """Refuse a loss that is not a number.
+
+    Raises:
+        ModelError: It is infinite or NaN.
+    """
+    if not math.isfinite(loss):
+        raise ModelError(
+            call,
+            expected="a finite loss",
+            received=f"{loss} at or before step {step}",
+            fix=f"Lower learning_rate (now {config.learning_rate:g}) or max_grad_norm, or train with "
+            "precision='float32'; resume=True goes on from the last checkpoint.",
+        )
 
 
 def refuse_inference_mode(call: str) -> None:
@@ -168,20 +208,6 @@ def multiplies_bf16(device: str) -> bool:
     return False
 
 
-def _step(
-    learner: Learner, optimizer: torch.optim.Optimizer, groups: list[Rows], step: int, config: LearningConfig
-) -> Tensor:
-    """One optimizer step; returns the detached loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = _learning_rate(step, config)
-    loss = learner.loss(groups)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.max_grad_norm, foreach=True)
-    optimizer.step()
-    return loss.detach() + 0 * norm.detach()  # a gradient that is not finite shows in the loss that is checked
-
-
 def _learning_rate(step: int, config: LearningConfig) -> float:
     """Linear warm-up to the peak, then linear decay to zero after the last step."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
@@ -198,14 +224,3 @@ def _stop_reason(row: Evaluation, config: LearningConfig) -> str | None:
     if row.step == config.max_steps:
         return f"no steps left after {row.step}"
     return None
-
-
-def _require_finite(call: str, loss: float, step: int, config: LearningConfig) -> None:
-    if not math.isfinite(loss):
-        raise ModelError(
-            call,
-            expected="a finite loss",
-            received=f"{loss} at or before step {step}",
-            fix=f"Lower learning_rate (now {config.learning_rate:g}) or max_grad_norm, or train with "
-            "precision='float32'; resume=True goes on from the last checkpoint.",
-        )

@@ -24,8 +24,10 @@ from memgen_lens.models.build import build_model, require_device
 from memgen_lens.models.native import set_state, state_of
 from memgen_lens.models.save import save_model
 from memgen_lens.training.batches import Batches
-from memgen_lens.training.forward import Rows, labelled_logits, labelled_loss
+from memgen_lens.training.forward import Rows, labelled_loss, logits_of
+from memgen_lens.training.held_out import HeldOut, held_out_predictors
 from memgen_lens.training.loop import learn, multiplies_bf16, refuse_inference_mode, seeded_random_state
+from memgen_lens.training.objectives import shifted_loss
 from memgen_lens.training.plant import planted_loss
 from memgen_lens.training.run_files import prepared
 
@@ -81,6 +83,10 @@ def train(
     behaviours are measured every ``eval_every`` steps, on the validation prompts and on the memorized ones; the
     paper's rule (arXiv 2412.18497, section 3) keeps the model once it shows both.
 
+    With ``objective="mat"`` held-out predictors are trained first (`memgen_lens.training.held_out`), and what they
+    expect shifts the logits of the loss; what is measured and saved is the model without the shift. It is for tasks in
+    which a shortcut gives most answers: what the predictors have learned themselves, the model has less reason to.
+
     Args:
         task: A task (`memgen_lens.tasks`).
         config: Settings; the default trains 2 layers of width 128.
@@ -103,21 +109,25 @@ def train(
     config = config.but(plant=plant) if plant else config
     require_device(config.device, call="train")
     refuse_inference_mode("train")
-    model = build_model(
-        config.model,
-        task.tokenizer,
-        n_ctx=task.max_training_tokens + SPARE_POSITIONS,
-        seed=config.seed,
-        device=config.device,
+    n_ctx, bf16 = (
+        task.max_training_tokens + SPARE_POSITIONS,
+        config.precision == "auto" and multiplies_bf16(config.device),
     )
+    model = build_model(config.model, task.tokenizer, n_ctx=n_ctx, seed=config.seed, device=config.device)
     # A notebook may have switched gradients off at its top, as TransformerLens' own do.
     with prepared("train", task, config, out, resume=resume, force=force) as directory:
         with seeded_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
+            held_out = None
+            if config.objective == "mat":
+                with torch.random.fork_rng():  # read or trained, what follows draws the same
+                    held_out = held_out_predictors(
+                        task, config, directory, n_ctx=n_ctx, resume=resume, progress=progress, bf16=bf16
+                    )
             history, stop_reason = learn(
                 "train",
                 task,
                 config,
-                _FromScratch(model, task, config),
+                _FromScratch(model, task, config, held_out),
                 Batches(task, config),
                 directory,
                 resume=resume,
@@ -132,26 +142,25 @@ def train(
 class _FromScratch:
     """A model of ours that learns: by the fast forward where it allows, else by TransformerLens' own."""
 
-    def __init__(self, model: Any, task: Any, config: TrainConfig) -> None:
+    def __init__(self, model: Any, task: Any, config: TrainConfig, held_out: HeldOut | None = None) -> None:
         self.model, self.task, self.device = model, task, config.device
         self.parameters = list(model.parameters())
         reason = why_not(model.cfg)
-        self.fast = reason is None
         if reason is not None:
             tqdm.write(f"training with TransformerLens' own forward: {reason}")
         self.bf16 = config.precision == "auto" and multiplies_bf16(config.device)
-        self.plant = config.plant
+        self.plant, self.held_out = config.plant, held_out
 
     def loss(self, groups: list[Rows]) -> Tensor:
         groups = [rows.to(self.device) for rows in groups]
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bf16):
             if self.plant is not None:
                 return planted_loss(self.model, groups, self.plant)
-            if self.fast:
-                logits = labelled_logits(self.model, groups)
-            else:
-                logits = torch.cat([self.model(rows.tokens)[:, rows.start :].flatten(0, 1) for rows in groups])
-        return labelled_loss(logits, groups)
+            logits = logits_of(self.model, groups)
+            expected = None if self.held_out is None else self.held_out.expected(groups)
+        if self.held_out is None or expected is None:
+            return labelled_loss(logits, groups)
+        return shifted_loss(logits, groups, expected, strength=self.held_out.cross_fit.strength)
 
     def measure(self) -> tuple[float, float, float]:
         def rate(split: Any, behavior: Behavior) -> float:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from memgen_lens.core.config import AnalysisConfig, FinetuneConfig, ModelConfig, Settings, TrainConfig
+from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import MemgenError, SettingsError
 from memgen_lens.presets import ExperimentConfig
 from memgen_lens.tasks import Addition
 
-ALL_SETTINGS = [ModelConfig, TrainConfig, FinetuneConfig, AnalysisConfig, Addition, ExperimentConfig]
+ALL_SETTINGS = [CrossFit, ModelConfig, TrainConfig, FinetuneConfig, AnalysisConfig, Addition, ExperimentConfig]
 
 
 @st.composite
@@ -53,6 +54,20 @@ train_configs = st.builds(
     device=st.text(max_size=10),
     seed=st.integers(0, 2**32 - 1),
 )
+mat_configs = st.builds(
+    TrainConfig,
+    objective=st.just("mat"),
+    cross_fit=st.none()
+    | st.builds(
+        CrossFit,
+        folds=st.integers(2, 16),
+        steps=st.integers(1, 10**9),
+        flips=st.booleans(),
+        temperature=positive,
+        calibrated=st.booleans(),
+        strength=positive,
+    ),
+)
 
 
 @st.composite
@@ -71,7 +86,7 @@ def analysis_configs(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.one_of(model_configs(), train_configs, analysis_configs()))
+@given(st.one_of(model_configs(), train_configs, mat_configs, analysis_configs()))
 def test_settings_come_back_from_json_as_they_were(config):
     again = type(config).from_json(config.model_dump_json())
     assert again == config

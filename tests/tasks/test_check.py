@@ -16,7 +16,7 @@ import memgen_lens as mg
 from memgen_lens.core.errors import TaskError
 from memgen_lens.core.items import Item, TrainingText
 from memgen_lens.core.types import Behavior
-from memgen_lens.tasks import Addition, Ciphertext, Mixture, Task, check
+from memgen_lens.tasks import Addition, Ciphertext, Mixture, Shortcut, Task, check
 
 SMALL = {"n_memorized": 20, "n_heldout": 20, "n_validation": 20}
 
@@ -393,8 +393,9 @@ def test_the_task_that_they_break_passes_and_the_report_counts_what_was_seen():
         Ciphertext(**SMALL),
         Ciphertext(cipher="substitution", n_rephrasings=3, **SMALL),
         Mixture(tasks=(Addition(**SMALL), Ciphertext(**SMALL))),
+        Mixture(tasks=(Addition(**SMALL), Shortcut(n_training=50, **SMALL))),
     ],
-    ids=["tiny", "addition", "shift", "substitution", "mixture"],
+    ids=["tiny", "addition", "shift", "substitution", "mixture", "with a shortcut"],
 )
 def test_our_tasks_pass_with_any_seed(task, seed):
     assert check(task.seeded(seed), seed=seed).task == task.name

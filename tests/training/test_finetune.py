@@ -251,13 +251,13 @@ SCRIPT = """
     from memgen_lens.training import loop
 
     torch.set_num_threads(1)
-    step = loop._step
+    step = loop.take_step
 
     def slow_step(*arguments):
         time.sleep(0.05)  # so that it can be killed in the middle
         return step(*arguments)
 
-    loop._step = slow_step
+    loop.take_step = slow_step
     mg.finetune(sys.argv[2], here.TASK, here.settings(dropout=0.1), out=sys.argv[1], progress=False)
 """
 

@@ -33,13 +33,13 @@ SCRIPT = """
     torch.set_num_threads(1)
     model = mg.load_model(sys.argv[2])
     print(mg.complete(model, ["1+2="], max_new_tokens=2) and "loaded", flush=True)
-    step = loop._step
+    step = loop.take_step
 
     def slow_step(*arguments):
         time.sleep(0.02)  # so that it can be killed in the middle
         return step(*arguments)
 
-    loop._step = slow_step
+    loop.take_step = slow_step
     mg.train(helpers.tiny_task(), helpers.tiny_training(max_steps=70), out=sys.argv[1], progress=False)
 """
 
@@ -142,7 +142,7 @@ def test_a_run_cut_after_any_checkpoint_ends_the_same(tmp_path, uncut, step):
 def test_a_finished_run_is_not_trained_on(tmp_path, uncut, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(uncut, out)
-    monkeypatch.setattr("memgen_lens.training.loop._step", lambda *a: pytest.fail("it trained on"))
+    monkeypatch.setattr("memgen_lens.training.loop.take_step", lambda *a: pytest.fail("it trained on"))
     resumed = resume(out)
     assert_same_run(out, uncut)
     assert resumed.stop_reason == "no steps left after 70"

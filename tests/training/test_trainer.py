@@ -88,7 +88,7 @@ def test_the_loss_in_the_history_is_the_mean_over_the_steps_since_the_line_befor
 def test_the_learning_rate_warms_up_and_decays_to_zero_over_all_steps(monkeypatch):
     rates = []
 
-    def spy(forward, optimizer, *rest, original=loop._step):
+    def spy(forward, optimizer, *rest, original=loop.take_step):
         loss = original(forward, optimizer, *rest)
         rates.append(optimizer.param_groups[0]["lr"])
         return loss
