@@ -36,10 +36,15 @@ if TYPE_CHECKING:
     )
     from memgen_lens.analysis import comparison as consistency
     from memgen_lens.behavior import complete, observe
+    from memgen_lens.comparison import compare
+    from memgen_lens.core.comparison_records import Comparison
     from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
+    from memgen_lens.core.run_records import Runs
     from memgen_lens.experiment import run_experiment
+    from memgen_lens.grid import grid
+    from memgen_lens.many import run_many
     from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
     from memgen_lens.one_neuron import neuron_page
@@ -51,8 +56,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Comparison": "memgen_lens.core.comparison_records",
     "Dynamics": "memgen_lens.core.dynamics_records",
     "PromptPairs": "memgen_lens.core.pairs",
+    "Runs": "memgen_lens.core.run_records",
     "NeuronScores": "memgen_lens.core.records",
     "Steering": "memgen_lens.analysis",
     "attribute": "memgen_lens.analysis",
@@ -60,6 +67,7 @@ _LAZY = {
     "benchmark_methods": "memgen_lens.method_benchmark",
     "choose_setting": "memgen_lens.analysis",
     "collect_pairs": "memgen_lens.analysis",
+    "compare": "memgen_lens.comparison",
     "complete": "memgen_lens.behavior",
     "consistency": "memgen_lens.analysis.comparison",
     "dynamics": "memgen_lens.training_dynamics",
@@ -67,6 +75,7 @@ _LAZY = {
     "figures": "memgen_lens.viz.figures",
     "finetune": "memgen_lens.training",
     "fit_probes": "memgen_lens.analysis",
+    "grid": "memgen_lens.grid",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
     "neuron_page": "memgen_lens.one_neuron",
@@ -75,6 +84,7 @@ _LAZY = {
     "probe_by_position": "memgen_lens.analysis",
     "record": "memgen_lens.analysis",
     "run_experiment": "memgen_lens.experiment",
+    "run_many": "memgen_lens.many",
     "save_model": "memgen_lens.models",
     "steering_by_position": "memgen_lens.analysis",
     "sweep_steering": "memgen_lens.analysis",
@@ -87,6 +97,7 @@ _MODULES = ("consistency", "figures")
 __all__ = [
     "AnalysisConfig",
     "Behavior",
+    "Comparison",
     "Dynamics",
     "ExperimentConfig",
     "FinetuneConfig",
@@ -95,6 +106,7 @@ __all__ = [
     "NeuronScores",
     "Plant",
     "PromptPairs",
+    "Runs",
     "Steering",
     "TrainConfig",
     "attribute",
@@ -102,6 +114,7 @@ __all__ = [
     "benchmark_methods",
     "choose_setting",
     "collect_pairs",
+    "compare",
     "complete",
     "consistency",
     "dynamics",
@@ -109,6 +122,7 @@ __all__ = [
     "figures",
     "finetune",
     "fit_probes",
+    "grid",
     "load_activations",
     "load_model",
     "neuron_page",
@@ -118,6 +132,7 @@ __all__ = [
     "probe_by_position",
     "record",
     "run_experiment",
+    "run_many",
     "save_model",
     "steering_by_position",
     "sweep_steering",

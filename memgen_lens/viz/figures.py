@@ -24,6 +24,7 @@ from memgen_lens.viz.matrix_figures import adapter_overlap, probe_transfer, stee
 from memgen_lens.viz.method_figures import method_ablation, method_agreement, method_recovery
 from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
+from memgen_lens.viz.run_figures import runs_side_by_side, setting_effect
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
     DIVERGING,
@@ -56,7 +57,9 @@ __all__ = [
     "probe_by_position",
     "probe_transfer",
     "rho_by_layer",
+    "runs_side_by_side",
     "seed_profiles",
+    "setting_effect",
     "split_half",
     "steering_by_layer",
     "steering_by_position",
