@@ -17,18 +17,17 @@ from memgen_lens.core.run_records import STATUS
 BASE = mg.ExperimentConfig(
     preset="benchmark",
     task=mg.tasks.Ciphertext(
-        cipher="shift", alphabet_size=6, word_length=3, n_memorized=60, n_heldout=60, n_validation=40
+        cipher="shift", alphabet_size=5, word_length=3, n_memorized=60, n_heldout=40, n_validation=20
     ),
     train=mg.TrainConfig(
-        model=mg.ModelConfig(n_layers=2, d_model=64, n_heads=2, d_mlp=256, act_fn="relu"),
-        max_steps=400,
-        batch_size=128,
-        learning_rate=4e-3,
+        model=mg.ModelConfig(n_layers=1, d_model=64, n_heads=2, d_mlp=256, act_fn="relu"),
+        batch_size=64,
+        learning_rate=5e-3,
         warmup_steps=20,
     ),
     analysis=mg.AnalysisConfig(top_fractions=(0.1, 0.3), alphas=(1.0, 2.0, 4.0)),
 )
-SETTINGS = {"task.n_memorized": [50, 60], "train.weight_decay": [0.01, 0.1, 0.3]}
+SETTINGS = {"train.max_steps": [60, 120, 180, 240, 300, 500]}
 NEEDS = {"loky": "joblib", "dask": "distributed", "ray": "ray"}
 TIMES = ("directory", "seconds", "attempts")
 """Columns of `Runs` that may differ, beside ``timing_s``."""
@@ -54,6 +53,7 @@ def measure(*, seeds: int = 4, n_jobs: int = 2) -> dict[str, Any]:
                 {"backend": backend, "runs": runs.summary(), "begun": sum(runs.column("attempts"))}
                 | _time(out, runs, started, ended, n_jobs)
             )
+            print(rows[-1], flush=True)
     first = next(iter(tables.values()))
     n_figures = sum(len(row) for row in first.values())
     same = {name: table == first for name, table in tables.items()}
@@ -73,7 +73,11 @@ def table(found: dict[str, Any]) -> str:
             continue
         cells = [row["backend"], row["runs"], row["begun"], f"{row['median']:.1f} [{row['min']:.1f}, {row['max']:.1f}]"]
         cells += [f"{row[name]:.1f} s" for name in ("wall", "loading", "between", "idle")]
-        cells += [f"{row['overhead']:.1%}", f"{row['overhead_with_loading']:.1%}", "yes" if found["same_as_loky"][row["backend"]] else "NO"]
+        cells += [
+            f"{row['overhead']:.1%}",
+            f"{row['overhead_with_loading']:.1%}",
+            "yes" if found["same_as_loky"][row["backend"]] else "NO",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -86,9 +90,7 @@ def _time(out: Path, runs: mg.Runs, started: float, ended: float, n_jobs: int) -
         spans.setdefault((noted["host"], noted["pid"]), []).append((noted["at"] - noted["seconds"], noted["at"]))
     workers = [sorted(of_worker) for of_worker in spans.values()]
     seconds = runs.column("seconds")
-    between = sum(
-        later[0] - earlier[1] for spans in workers for earlier, later in zip(spans, spans[1:], strict=False)
-    )
+    between = sum(later[0] - earlier[1] for spans in workers for earlier, later in zip(spans, spans[1:], strict=False))
     loading = sum(spans[0][0] - started for spans in workers)
     last = max(spans[-1][1] for spans in workers)
     idle = sum(last - spans[-1][1] for spans in workers)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from memgen_lens.core.records import NeuronScores
     from memgen_lens.core.run_records import Runs
     from memgen_lens.experiment import run_experiment
-    from memgen_lens.grid import grid
+    from memgen_lens.grids import grid
     from memgen_lens.many import run_many
     from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
@@ -75,7 +75,7 @@ _LAZY = {
     "figures": "memgen_lens.viz.figures",
     "finetune": "memgen_lens.training",
     "fit_probes": "memgen_lens.analysis",
-    "grid": "memgen_lens.grid",
+    "grid": "memgen_lens.grids",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
     "neuron_page": "memgen_lens.one_neuron",

@@ -196,7 +196,7 @@ def _require_preset(preset: str, call: str) -> None:
 def _sweep(preset: str, arguments: list[str]) -> None:
     _require_preset(preset, "memgen-lens sweep")
     parsed = _parse(SweepArguments, arguments, prog=f"memgen-lens sweep {preset}")
-    from memgen_lens.grid import grid, parsed_seeds, parsed_setting
+    from memgen_lens.grids import grid, parsed_seeds, parsed_setting
 
     settings = dict(map(parsed_setting, parsed.settings))
     configs = grid(preset, seeds=parsed_seeds(parsed.seeds), settings=settings)

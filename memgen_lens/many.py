@@ -19,7 +19,7 @@ from memgen_lens.core.ownership import is_ours, require_ours
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.run_directory import alone_in
 from memgen_lens.core.run_records import FILE, Runs, is_finished, run_row, settings_of, settings_row, status_of
-from memgen_lens.grid import named
+from memgen_lens.grids import named
 from memgen_lens.one_of_many import note, run_one
 from memgen_lens.presets import ExperimentConfig
 
@@ -27,7 +27,9 @@ Configs = dict[str, ExperimentConfig]
 
 
 @arguments(
-    configs=dict[kinds.Text, kinds.one(ExperimentConfig)] | kinds.several(kinds.one(ExperimentConfig)),
+    configs=kinds.one(ExperimentConfig)
+    | dict[kinds.Text, kinds.one(ExperimentConfig)]
+    | kinds.several(kinds.one(ExperimentConfig)),
     out=kinds.place("run_many(out=...)"),
     n_jobs=kinds.Count | None,
     threads=kinds.Count | None,
@@ -78,7 +80,7 @@ def run_many(
             another call's now.
         SettingsError: Two experiments are alike, or ``n_jobs x threads`` exceeds the cores.
     """
-    experiments = named(configs if isinstance(configs, Mapping) else list(configs))  # pyright: ignore[reportArgumentType]
+    experiments = named([configs] if isinstance(configs, ExperimentConfig) else configs)
     directory = Path(out)
     call = f"run_many(out={str(directory)!r})"
     with alone_in(directory, call=call):

@@ -38,10 +38,14 @@ def here(configs, out, **how):
 
 
 def figures_of(runs):
-    kept = {row["run"]: dict(row) for row in runs.table}
+    """By run, all that does not say when, where or how often."""
     return {
-        run: {name: v for name, v in row.items() if name not in TIMINGS and not name.startswith("timing_s")}
-        for run, row in kept.items()
+        row["run"]: {
+            name: value
+            for name, value in row.items()
+            if value is not None and name not in TIMINGS and not name.startswith("timing_s")
+        }
+        for row in runs.table
     }
 
 
@@ -105,7 +109,7 @@ def test_the_table_holds_settings_and_every_figure(swept):
     assert row["behavior.ci95.flip_rate.1"] == metrics["behavior"]["ci95"]["flip_rate"][1]
     assert row["timing_s.total"] == metrics["timing_s"]["total"] > 0 and row["seconds"] > row["timing_s.train"]
     written = mg.Runs.load(out / "runs.parquet")
-    assert written.column("behavior.heldout_generalization") == runs.column("behavior.heldout_generalization")
+    assert figures_of(written) == figures_of(mg.Runs.load(out))
     assert {row["run"]: row["status"] for row in mg.Runs.load(out).table} == {
         "bad": "failed",
         "seed=0": "done",
@@ -210,12 +214,12 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
         [sys.executable, str(script)], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not (tmp_path / "runs" / "seed=0" / "report.html").exists():
             time.sleep(0.05)
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -291,5 +295,5 @@ def test_the_sweep_command_makes_the_grid_and_tells_what_failed(tmp_path, monkey
     with pytest.raises(SystemExit):
         cli.main(["sweep", "quickstart", "--out", "x", "--set", "task.n_memorised=3"])
     error = capsys.readouterr().err
-    assert "received task.n_memorised=3. Did you mean n_memorized" in error and error.count("\n") == 1
+    assert "received n_memorised=3. Did you mean n_memorized" in error and error.count("\n") == 1
     assert not Path("x").exists()

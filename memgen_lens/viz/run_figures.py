@@ -78,7 +78,7 @@ def setting_effect(
     Raises:
         MemgenError: No setting differs, or a name is not among those compared.
     """
-    at_least_one(comparison.settings, "setting_effect", "setting in which runs differ")
+    at_least_one(list(comparison.settings), "setting_effect", "setting in which runs differ")
     setting = next(iter(comparison.settings)) if setting is None else setting
     if setting not in comparison.settings:
         raise SettingsError(

@@ -4,7 +4,7 @@ import pytest
 
 import memgen_lens as mg
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.grid import named, parsed_seeds, parsed_setting
+from memgen_lens.grids import named, parsed_seeds, parsed_setting
 
 
 def test_a_grid_is_every_combination_with_every_seed():
@@ -40,7 +40,7 @@ def test_long_names_are_cut_and_told_apart():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"task.n_memorised": [1]}, "expected a known setting; received task.n_memorised=1. Did you mean n_memorized"),
+        ({"task.n_memorised": [1]}, "expected a known setting; received n_memorised=1. Did you mean n_memorized"),
         ({"tsk.n_memorized": [1]}, "expected a known setting; received tsk="),
         ({"train.max_steps.more": [1]}, "expected a known setting; received 'train.max_steps.more'"),
         ({"train.max_steps": ["many"]}, "valid integer"),
