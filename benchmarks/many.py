@@ -1,4 +1,4 @@
-"""24 small runs by joblib's loky, by a local dask cluster and by a local ray: the same table, and what the engine costs.
+"""24 small runs by joblib's loky, a local dask cluster and a local ray: the same table, and what the engine costs.
 
 Each backend has two workers, and each run one thread. What is left out of "the same" is time alone.
 """
@@ -6,6 +6,7 @@ Each backend has two workers, and each run one thread. What is left out of "the 
 import statistics
 import time
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,19 @@ SETTINGS = {"train.max_steps": [60, 120, 180, 240, 300, 500]}
 NEEDS = {"loky": "joblib", "dask": "distributed", "ray": "ray"}
 TIMES = ("directory", "seconds", "attempts")
 """Columns of `Runs` that may differ, beside ``timing_s``."""
+HEADINGS = (
+    "backend",
+    "runs",
+    "begun",
+    "seconds a run",
+    "all",
+    "loading the workers",
+    "between runs",
+    "idle at the end",
+    "engine / runs",
+    "with loading",
+    "same table",
+)
 MARK = 0.05
 """The engine's own time at most, as a share of that of the runs."""
 
@@ -64,12 +78,12 @@ def measure(*, seeds: int = 4, n_jobs: int = 2) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """What was measured as a Markdown table."""
     lines = [
-        "| backend | runs | begun | seconds a run | all | loading the workers | between runs | idle at the end | engine / runs | with loading | same table |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(HEADINGS)} |",
+        "|" + "---|" * len(HEADINGS),
     ]
     for row in found["rows"]:
         if "why" in row:
-            lines.append(f"| {row['backend']} | {row['why']} |" + " |" * 9)
+            lines.append(f"| {row['backend']} | {row['why']} |" + " |" * (len(HEADINGS) - 2))
             continue
         cells = [row["backend"], row["runs"], row["begun"], f"{row['median']:.1f} [{row['min']:.1f}, {row['max']:.1f}]"]
         cells += [f"{row[name]:.1f} s" for name in ("wall", "loading", "between", "idle")]
@@ -79,7 +93,10 @@ def table(found: dict[str, Any]) -> str:
             "yes" if found["same_as_loky"][row["backend"]] else "NO",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    share = next(row["overhead_with_loading"] for row in found["rows"] if row["backend"] == "loky")
+    values = f"{found['n_values']} values of {found['n_runs']} runs ({found['n_analysed']} of them with an analysis)"
+    mark = f"loky's engine, loading included, at most {MARK:.0%} of the runs' own time: {share:.1%}"
+    return "\n".join([*lines, "", f"{values}; {mark}{'' if share <= MARK else ', MISSED'}"])
 
 
 def _time(out: Path, runs: mg.Runs, started: float, ended: float, n_jobs: int) -> dict[str, Any]:
@@ -90,7 +107,7 @@ def _time(out: Path, runs: mg.Runs, started: float, ended: float, n_jobs: int) -
         spans.setdefault((noted["host"], noted["pid"]), []).append((noted["at"] - noted["seconds"], noted["at"]))
     workers = [sorted(of_worker) for of_worker in spans.values()]
     seconds = runs.column("seconds")
-    between = sum(later[0] - earlier[1] for spans in workers for earlier, later in zip(spans, spans[1:], strict=False))
+    between = sum(later[0] - earlier[1] for spans in workers for earlier, later in pairwise(spans))
     loading = sum(spans[0][0] - started for spans in workers)
     last = max(spans[-1][1] for spans in workers)
     idle = sum(last - spans[-1][1] for spans in workers)

@@ -30,7 +30,7 @@ _LONGEST = 100
     settings=dict[kinds.Text, kinds.Listing] | None,
 )
 def grid(
-    preset: ExperimentConfig | str, *, seeds: int | Sequence[int] = 0, settings: Mapping[str, Any] | None = None
+    preset: ExperimentConfig | str, *, seeds: int | Sequence[int] = (0,), settings: Mapping[str, Any] | None = None
 ) -> dict[str, ExperimentConfig]:
     """Every combination of settings, with every seed.
 
@@ -53,7 +53,8 @@ def grid(
             raise SettingsError("grid", expected="a known preset", received=repr(preset), fix=suggest(preset, PRESETS))
         preset = PRESETS[preset]
     values = {name: list(tried) for name, tried in (settings or {}).items()}
-    n_runs = len(set(seeds if isinstance(seeds, list) else [seeds]))
+    several = list(dict.fromkeys([seeds] if isinstance(seeds, int) else seeds))
+    n_runs = len(several)
     for name, tried in values.items():
         n_runs *= len(tried)
         if not tried or name.split(".")[-1] == "seed":
@@ -68,7 +69,7 @@ def grid(
     configs = []
     for combination in product(*values.values()):
         changed = with_settings(preset, dict(zip(values, combination, strict=True)))
-        configs += [changed.but(seed=seed) for seed in dict.fromkeys(seeds)]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        configs += [changed.but(seed=seed) for seed in several]
     return named(configs, always=("seed",))
 
 

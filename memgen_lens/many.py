@@ -3,6 +3,7 @@
 Does not know what a run is (see `memgen_lens.experiment`) nor who schedules it (see `memgen_lens.backends`).
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -89,26 +90,29 @@ def run_many(
         todo = _to_do(directory, experiments, retry_failed)
         n_there = len(experiments) - len(todo)
         with progress_bar(len(experiments), "runs", shown=progress, unit="run") as bar:
-            if n_there and progress:
-                bar.write(f"{n_there} of {len(experiments)} runs are there already")
-            bar.update(n_there)
+
+            def say(line: str) -> None:
+                if progress:
+                    bar.write(line, file=sys.stderr)
 
             def tell(name: str) -> None:
                 bar.update()
-                if progress:
-                    bar.write(f"{name}: {_line(run_row(directory, name))}")
+                say(f"{name}: {_line(run_row(directory, name))}")
+
+            if n_there:
+                say(f"{n_there} of {len(experiments)} runs are there already")
+            bar.update(n_there)
 
             try:
                 if todo:
                     with opened(backend, address, n_jobs=n_jobs, threads=threads, n_runs=len(todo)) as engine:
                         _Pool(engine, directory, retries, tell).carry_out(todo)
             except KeyboardInterrupt:
-                if progress:
-                    left = sum(not is_finished(directory / name) for name in experiments)
-                    bar.write(
-                        f"interrupted: {len(experiments) - left} of {len(experiments)} runs are done and kept; "
-                        "the same call goes on with the others"
-                    )
+                done = sum(is_finished(directory / name) for name in experiments)
+                say(
+                    f"interrupted: {done} of {len(experiments)} runs are done and kept; "
+                    "the same call goes on with the others"
+                )
                 raise
             finally:
                 runs = Runs(tuple(run_row(directory, name, _plain(config)) for name, config in experiments.items()))
@@ -258,4 +262,5 @@ def _line(row: dict[str, Any]) -> str:
         "steers": "steering.to_generalization.shift_rate",
     }
     figures = [f"{word} {row[name]:.3f}" for word, name in shown.items() if row.get(name) is not None]
-    return f"done in {row['seconds']:.0f} s ({', '.join(figures)})"
+    took = "" if row["seconds"] is None else f" in {row['seconds']:.0f} s"  # unknown where its worker died just then
+    return f"done{took} ({', '.join(figures)})"

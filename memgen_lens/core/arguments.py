@@ -22,6 +22,7 @@ from memgen_lens.core.types import Direction, FittedKind, Mode, Positions, Split
 
 MADE_BY = {
     "Activations": "mg.record",
+    "Comparison": "mg.compare",
     "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
     "NeuronRecord": "mg.neuron_page",
@@ -30,6 +31,7 @@ MADE_BY = {
     "PositionProbes": "mg.probe_by_position",
     "PositionSteering": "mg.steering_by_position",
     "ProbeReport": "mg.fit_probes",
+    "Runs": "mg.run_many or mg.Runs.load",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
     "Steering": "mg.Steering.from_scores or mg.Steering.from_activations",
     "SteeringTable": "mg.evaluate_steering",

@@ -148,7 +148,6 @@ class Comparison:
             RunDirectoryError: It cannot be written, or a ``compare.json`` is there that is not ours.
         """
         path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, with_nulls(self))
         return path
 

@@ -36,7 +36,6 @@ def write_compare_page(comparison: Comparison, directory: str | Path) -> Path:
         RunDirectoryError: The page cannot be written, or a ``compare.html`` is there that is not ours.
     """
     path = Path(directory) / "compare.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     require_ours([path], call=f"write_compare_page({str(directory)!r})")
     names = comparison.figures
     few = len(comparison.groups) <= MAX_GROUPS
