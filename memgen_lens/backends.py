@@ -37,11 +37,11 @@ class Engine:
     def parallel(self, n_tasks: int) -> joblib.Parallel:
         """A `joblib.Parallel` for that many tasks, one at a time to each worker."""
         n_jobs = min(self.n_jobs, n_tasks)
-        how: dict[str, Any] = {"n_jobs": self.n_jobs}
+        how: dict[str, Any] = {"n_jobs": self.n_jobs, "batch_size": 1}
         if self.name == "loky":
             # One at a time, but in a process of its own: joblib would run a single job here, where its death is ours.
-            how = {"n_jobs": max(n_jobs, 2), "pre_dispatch": n_jobs}
-        return joblib.Parallel(batch_size=1, return_as="generator_unordered" if self.streams else "list", **how)
+            how |= {"n_jobs": max(n_jobs, 2), "pre_dispatch": n_jobs}
+        return joblib.Parallel(return_as="generator_unordered" if self.streams else "list", **how)
 
 
 @contextmanager
@@ -68,7 +68,8 @@ def opened(
             received=f"backend={backend!r}",
             fix="Name the backend that the address is of, or leave the address out.",
         )
-    around, jobs_around = get_active_backend()
+    around, n_around = get_active_backend()
+    jobs_around = n_around if isinstance(n_around, int) else None
     kind = type(around).__name__
     if backend is None and kind != "LokyBackend":
         yield _around(around, kind, jobs_around, n_jobs, threads)
@@ -112,7 +113,7 @@ def shared_out(n_jobs: int | None, threads: int | None, cores: int, n_runs: int)
     return n_jobs, threads
 
 
-def _around(backend: Any, kind: str, jobs_around: Any, n_jobs: int | None, threads: int | None) -> Engine:
+def _around(backend: Any, kind: str, jobs_around: int | None, n_jobs: int | None, threads: int | None) -> Engine:
     """What ``joblib.parallel_config`` around the call has set."""
     if kind == "ThreadingBackend":
         raise SettingsError(
@@ -126,14 +127,14 @@ def _around(backend: Any, kind: str, jobs_around: Any, n_jobs: int | None, threa
     if kind == "DaskDistributedBackend":
         _one_thread_each(backend.client)
         _only_workers(n_jobs)
-    asked = n_jobs or (jobs_around if isinstance(jobs_around, int) else -1)
+    asked = n_jobs or jobs_around or -1
     return Engine(kind, asked, threads or 1, streams=backend.supports_return_generator)
 
 
 def _dask(stack: ExitStack, address: str | None, n_jobs: int | None) -> int:
     _require("dask", "distributed")
-    import dask
-    from dask.distributed import Client, LocalCluster
+    import dask  # pyright: ignore[reportMissingImports]
+    from dask.distributed import Client, LocalCluster  # pyright: ignore[reportMissingImports]
 
     if address is None:
         # A run that kills its worker is tried again by us, alone; dask would hand it on to three others.
@@ -154,8 +155,8 @@ def _dask(stack: ExitStack, address: str | None, n_jobs: int | None) -> int:
 
 def _ray(stack: ExitStack, address: str | None, n_jobs: int | None, threads: int) -> int:
     _require("ray", "ray")
-    import ray
-    from ray.util.joblib import register_ray
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.util.joblib import register_ray  # pyright: ignore[reportMissingImports]
 
     if not ray.is_initialized():
         where: dict[str, Any] = {"address": address} if address else {"num_cpus": (n_jobs or 1) * threads}

@@ -166,7 +166,7 @@ def _varying(done: Runs) -> dict[str, tuple[Any, ...]]:
     for name in done.settings:
         if name.rsplit(".", 1)[-1] == "seed":
             continue
-        values = list({to_json(row.get(name)): row.get(name) for row in done.table}.values())
+        values: list[Any] = list({to_json(row.get(name)): row.get(name) for row in done.table}.values())
         if len(values) > 1:
             numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
             varying[name] = tuple(sorted(values) if numbers else values)

@@ -188,8 +188,9 @@ class _Pool:
         self.deaths: Counter[str] = Counter()
 
     def carry_out(self, todo: Configs) -> None:
-        waiting = dict(todo)
+        waiting, in_vain = dict(todo), 0
         while waiting:
+            n_before = len(waiting)
             trusted = [name for name in waiting if not self.deaths[name]]
             batch = trusted or list(waiting)[:1]
             try:
@@ -197,8 +198,10 @@ class _Pool:
             except Exception as error:
                 # `run_one` raises nothing: a worker died, or the pool itself is not to be had.
                 blamed = self._cut(batch, waiting)
-                if not blamed:
-                    raise
+                if not blamed and len(waiting) == n_before:  # e.g. a worker died before it had begun
+                    in_vain += 1
+                    if in_vain > self.retries:
+                        raise
                 for name in blamed:
                     self.deaths[name] += 1
                     if self.deaths[name] > self.retries:
@@ -214,9 +217,9 @@ class _Pool:
             delayed(run_one)(name, config, str(self.directory), self.engine.threads) for name, config in batch.items()
         )
         if not self.engine.streams:
-            parallel.print_progress = lambda: self._ended(batch, waiting)
+            parallel.print_progress = lambda: self._tell_ended(batch, waiting)  # joblib calls it as each task ends
             parallel(tasks)
-            self._ended(batch, waiting)
+            self._tell_ended(batch, waiting)
         else:
             with closing(parallel(tasks)) as names:  # pyright: ignore[reportArgumentType]
                 for name in names:
@@ -225,20 +228,18 @@ class _Pool:
         for name in batch:  # held by a process of another call: theirs to finish
             waiting.pop(name, None)
 
-    def _ended(self, batch: Configs, waiting: Configs) -> list[str]:
-        """Tell of those that have ended, where results come all at once."""
-        ended = [name for name in batch if name in waiting and self._has_ended(name)]
-        for name in ended:
+    def _tell_ended(self, batch: Sequence[str] | Configs, waiting: Configs) -> None:
+        """Tell of those that have ended, where results come all at once or not at all."""
+        for name in [name for name in batch if name in waiting and self._has_ended(name)]:
             if waiting.pop(name, None) is not None:
                 self.tell(name)
-        return ended
 
     def _has_ended(self, name: str) -> bool:
         return is_finished(self.directory / name) or status_of(self.directory, name).get("status") == "failed"
 
     def _cut(self, batch: Sequence[str], waiting: Configs) -> list[str]:
         """Those that were running when the pool broke."""
-        self._ended({name: waiting[name] for name in batch if name in waiting}, waiting)
+        self._tell_ended(batch, waiting)
         return [
             name for name in batch if name in waiting and status_of(self.directory, name).get("status") == "running"
         ]

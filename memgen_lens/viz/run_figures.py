@@ -120,9 +120,11 @@ def setting_effect(
                 "<extra></extra>",
                 **at,
             )
-        plot.update_xaxes(title_text=escape(setting), type="linear" if numbers else "category", **at)
+        plot.update_xaxes(
+            title_text=escape(setting), type="linear" if numbers else "category", row=at["row"], col=at["col"]
+        )
         if numbers and min(values) > 0 and max(values) / min(values) >= 8:
-            plot.update_xaxes(type="log", tickvals=list(values), **at)
+            plot.update_xaxes(type="log", tickvals=list(values), row=at["row"], col=at["col"])
     plot.update_annotations(font_size=13)
     return themed(plot, f"Effect of {escape(setting)}", height=140 + 290 * n_rows)
 
