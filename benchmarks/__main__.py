@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, causal, null, pretrained, probes, startup, steering, training, tuning, waiting
+from benchmarks import attribution, causal, many, null, pretrained, probes, startup, steering, training, tuning, waiting
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
@@ -22,7 +22,7 @@ ROWS = {
     "pretrained": pretrained.rows,
     "tuning": tuning.rows,
 }
-OTHERS = ("waiting", "startup", "null")
+OTHERS = ("waiting", "startup", "null", "many")
 
 
 def main() -> None:
@@ -36,9 +36,12 @@ def main() -> None:
     if parts == ["null"]:  # no timing: nothing of the machine matters
         print(null.measure())
         return
+    if parts == ["many"]:  # backends against each other, and none of them a matrix product
+        print(many.table(many.measure()))
+        return
     rates = matmul_rates(chosen.threads)
     print("matrix products:", ", ".join(f"{rate / 1e9:.0f} GFLOP/s {name}" for name, rate in rates.items()))
-    results, waits, neighbours = [], [], []
+    results, waits, neighbours, of_many = [], [], [], {}
     for part in parts:
         if part == "startup":
             waits = startup.measure()
@@ -47,6 +50,10 @@ def main() -> None:
             continue
         if part == "null":
             print(null.measure(), flush=True)
+            continue
+        if part == "many":
+            of_many = many.measure()
+            print(many.table(of_many), flush=True)
             continue
         if part == "waiting":
             neighbours = waiting.measure(threads=chosen.threads)
@@ -67,6 +74,7 @@ def main() -> None:
             "rows": results,
             "startup": waits,
             "waiting": neighbours,
+            "many": of_many,
         },
     )
     print(f"written to {chosen.out}")

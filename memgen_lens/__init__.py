@@ -45,12 +45,17 @@ if TYPE_CHECKING:
     )
     from memgen_lens.analysis import comparison as consistency
     from memgen_lens.behavior import complete, observe
+    from memgen_lens.comparison import compare
+    from memgen_lens.core.comparison_records import Comparison
     from memgen_lens.core.cost_records import SteeringCost
     from memgen_lens.core.dynamics_records import Dynamics
     from memgen_lens.core.pairs import PromptPairs
     from memgen_lens.core.records import NeuronScores
+    from memgen_lens.core.run_records import Runs
     from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering
     from memgen_lens.experiment import run_experiment
+    from memgen_lens.grids import grid
+    from memgen_lens.many import run_many
     from memgen_lens.method_benchmark import benchmark_methods
     from memgen_lens.models import load_model, save_model
     from memgen_lens.one_neuron import neuron_page
@@ -62,8 +67,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Comparison": "memgen_lens.core.comparison_records",
     "Dynamics": "memgen_lens.core.dynamics_records",
     "PromptPairs": "memgen_lens.core.pairs",
+    "Runs": "memgen_lens.core.run_records",
     "NeuronScores": "memgen_lens.core.records",
     "Guard": "memgen_lens.analysis",
     "Steering": "memgen_lens.analysis",
@@ -76,6 +83,7 @@ _LAZY = {
     "choose_setting": "memgen_lens.analysis",
     "collect_pairs": "memgen_lens.analysis",
     "collect_recitation_pairs": "memgen_lens.analysis",
+    "compare": "memgen_lens.comparison",
     "complete": "memgen_lens.behavior",
     "consistency": "memgen_lens.analysis.comparison",
     "dynamics": "memgen_lens.training_dynamics",
@@ -84,6 +92,7 @@ _LAZY = {
     "figures": "memgen_lens.viz.figures",
     "finetune": "memgen_lens.training",
     "fit_probes": "memgen_lens.analysis",
+    "grid": "memgen_lens.grids",
     "load_activations": "memgen_lens.analysis",
     "load_model": "memgen_lens.models",
     "mode_and_content": "memgen_lens.analysis",
@@ -95,6 +104,7 @@ _LAZY = {
     "recitation_under_steering": "memgen_lens.analysis",
     "record": "memgen_lens.analysis",
     "run_experiment": "memgen_lens.experiment",
+    "run_many": "memgen_lens.many",
     "save_model": "memgen_lens.models",
     "steering_by_position": "memgen_lens.analysis",
     "steering_cost": "memgen_lens.analysis",
@@ -109,6 +119,7 @@ _MODULES = ("consistency", "figures")
 __all__ = [
     "AnalysisConfig",
     "Behavior",
+    "Comparison",
     "CrossFit",
     "Dynamics",
     "ExperimentConfig",
@@ -119,6 +130,7 @@ __all__ = [
     "NeuronScores",
     "Plant",
     "PromptPairs",
+    "Runs",
     "Steering",
     "SteeringCost",
     "SteeringObjective",
@@ -130,6 +142,7 @@ __all__ = [
     "choose_setting",
     "collect_pairs",
     "collect_recitation_pairs",
+    "compare",
     "complete",
     "consistency",
     "dynamics",
@@ -138,6 +151,7 @@ __all__ = [
     "figures",
     "finetune",
     "fit_probes",
+    "grid",
     "load_activations",
     "load_model",
     "mode_and_content",
@@ -150,6 +164,7 @@ __all__ = [
     "recitation_under_steering",
     "record",
     "run_experiment",
+    "run_many",
     "save_model",
     "steering_by_position",
     "steering_cost",

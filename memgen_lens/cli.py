@@ -1,4 +1,4 @@
-"""The shell: ``memgen-lens run PRESET --out DIR``, ``report DIR``, ``benchmark DIR... --out DIR``, ``presets``.
+"""The shell: ``memgen-lens run``, ``sweep``, ``compare``, ``report``, ``benchmark``, ``presets``.
 
 Flags are made of the settings' fields by tyro; nothing heavy is imported before a command runs. A user's error is one
 line on standard error and exit code 2.
@@ -65,6 +65,46 @@ class BenchmarkArguments:
     """Seed of the splits and of random neurons."""
 
 
+@dataclass(frozen=True)
+class SweepArguments:
+    """Run a preset with every combination of settings and seeds; the same command again runs what is missing."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """Folder of the runs' directories and of their table, runs.parquet."""
+    seeds: str = "0"
+    """Seeds, e.g. 0-9 or 0,3,5-7."""
+    settings: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="NAME=VALUE[,VALUE...]")
+    ] = ()
+    """A setting and the values to try, e.g. task.n_memorized=100,300; can be given several times."""
+    n_jobs: int | None = None
+    """Runs at once; default: as many as there are cores for."""
+    threads: int | None = None
+    """Threads of each run; default: the cores shared out over the runs at once, or 1."""
+    backend: Literal["loky", "dask", "ray"] | None = None
+    """Where runs go: processes of this machine (loky, the default), a dask cluster, or ray."""
+    address: str | None = None
+    """Address of a dask scheduler or ray cluster that is running; default: one on this machine."""
+    retries: int = 1
+    """How often a run whose worker died is tried again."""
+    retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run those again that failed before."""
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Lay runs side by side: means over seeds, differences paired by seed, what each setting changes; compare.html."""
+
+    directories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR...")]
+    """Folders of memgen-lens sweep, run directories, or runs.parquet files."""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = "."
+    """Where compare.json and compare.html are written."""
+    figures: tuple[str, ...] = ()
+    """Figures to compare, by their names in metrics.json joined by dots; default: the main ones."""
+    reference: str | None = None
+    """Group that the others are compared with, e.g. n_memorized=100; default: the first."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong call as one of our errors."""
 
@@ -103,15 +143,26 @@ def _run(arguments: list[str]) -> None:
         epilog="presets: " + "; ".join(f"{name} ({config.about})" for name, config in PRESETS.items()),
     )
     run.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a preset with many settings and seeds",
+        description="Run a preset with many settings and seeds. `memgen-lens sweep PRESET --help` lists the flags.",
+    )
+    sweep.add_argument("preset", metavar="PRESET", help=f"one of: {', '.join(PRESETS)}")
+    commands.add_parser("compare", help="lay runs side by side: seeds, settings, differences", add_help=False)
     commands.add_parser("report", help="write the report of a run directory again", add_help=False)
     commands.add_parser("benchmark", help="hold all ways to score neurons against each other", add_help=False)
     commands.add_parser("presets", help="list the presets")
     # Flags behind the command (and the preset) are tyro's.
-    n_ours = 2 if arguments[:1] == ["run"] else 1
+    n_ours = 2 if arguments[:1] in (["run"], ["sweep"]) else 1
     ours, rest = arguments[:n_ours], arguments[n_ours:]
     chosen = parser.parse_args(ours)
     if chosen.command == "run":
         _run_preset(chosen.preset, rest)
+    elif chosen.command == "sweep":
+        _sweep(chosen.preset, rest)
+    elif chosen.command == "compare":
+        _compare(_parse(CompareArguments, rest, prog="memgen-lens compare"))
     elif chosen.command == "report":
         _report(_parse(ReportArguments, rest, prog="memgen-lens report"))
     elif chosen.command == "benchmark":
@@ -122,10 +173,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _run_preset(preset: str, arguments: list[str]) -> None:
-    if preset not in PRESETS:
-        raise SettingsError(
-            "memgen-lens run", expected="a known preset", received=repr(preset), fix=suggest(preset, PRESETS)
-        )
+    _require_preset(preset, "memgen-lens run")
     default = RunArguments(settings=PRESETS[preset], out=tyro.MISSING)
     parsed = _parse(RunArguments, arguments, prog=f"memgen-lens run {preset}", default=default)
     short = {"device": parsed.device, "precision": parsed.precision}
@@ -138,6 +186,43 @@ def _run_preset(preset: str, arguments: list[str]) -> None:
     for line in finished.summary():
         print(line)  # noqa: T201
     print(f"report: {finished.report}")  # noqa: T201
+
+
+def _require_preset(preset: str, call: str) -> None:
+    if preset not in PRESETS:
+        raise SettingsError(call, expected="a known preset", received=repr(preset), fix=suggest(preset, PRESETS))
+
+
+def _sweep(preset: str, arguments: list[str]) -> None:
+    _require_preset(preset, "memgen-lens sweep")
+    parsed = _parse(SweepArguments, arguments, prog=f"memgen-lens sweep {preset}")
+    from memgen_lens.grids import grid, parsed_seeds, parsed_setting
+
+    settings = dict(map(parsed_setting, parsed.settings))
+    configs = grid(preset, seeds=parsed_seeds(parsed.seeds), settings=settings)
+    how = {
+        name: getattr(parsed, name) for name in ("n_jobs", "threads", "backend", "address", "retries", "retry_failed")
+    }
+    from memgen_lens.many import run_many
+
+    try:
+        runs = run_many(configs, out=parsed.out, **how)
+    except KeyboardInterrupt:  # what is done and how to go on has been said
+        sys.exit(130)
+    print(f"{runs.summary()}; table: {parsed.out}/runs.parquet")  # noqa: T201
+    if len(runs.with_status("done").table) < len(configs):
+        _say("memgen-lens: errors are in the table; --retry-failed runs those that failed again")
+        sys.exit(1)
+
+
+def _compare(parsed: CompareArguments) -> None:
+    from memgen_lens.comparison import compare
+    from memgen_lens.viz.compare_page import markdown, write_compare_page
+
+    found = compare(parsed.directories, figures=parsed.figures or None, reference=parsed.reference)
+    found.save(parsed.out)
+    print(markdown(found))  # noqa: T201
+    print(f"page: {write_compare_page(found, parsed.out)}")  # noqa: T201
 
 
 def _report(parsed: ReportArguments) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from jaxtyping import install_import_hook
 
 with install_import_hook("memgen_lens", "beartype.beartype"):
-    for name in ("experiment", "training_dynamics", "viz.report"):
+    for name in ("experiment", "training_dynamics", "viz.report", "many", "comparison", "viz.compare_page"):
         import_module(f"memgen_lens.{name}")
 
 import helpers

@@ -14,6 +14,7 @@ from memgen_lens.core.method_records import MethodResult, MethodsBenchmark, Mode
 from memgen_lens.core.mode_records import ModeContent, ModeRow
 from memgen_lens.core.position_records import PatchingMap, PositionProbes, PositionSteering, PositionTokens
 from memgen_lens.core.records import ProbeScores
+from memgen_lens.core.run_records import Runs
 from memgen_lens.core.stats import mean_of_draws, wilson
 from memgen_lens.core.steering_records import SideEffects, SteeringRates, SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering, choose
@@ -151,6 +152,32 @@ def steered_by_position() -> PositionSteering:
     rate = np.linspace(0, 1, 4)
     series = RateSeries(rate, (rate - 0.1).clip(0, 1), (rate + 0.1).clip(0, 1), np.full(4, 24), np.full(4, 12))
     return PositionSteering(SETTING, series, series, series, position_tokens())
+
+
+def runs() -> Runs:
+    """Two values of one setting and two of another, three seeds each: the first adds 0.1, the second nothing.
+
+    One run failed, and one has no steering.
+    """
+    rows = []
+    for n_memorized in (100, 1000):
+        for loss in ("answer", "<sequence>"):
+            for seed in range(3):
+                flips = 0.5 + 0.1 * (n_memorized == 1000) + 0.02 * seed
+                name = f"n_memorized={n_memorized},loss={loss},seed={seed}"
+                row = {"run": name, "directory": f"runs/{name}", "status": "done", "error": None, "seconds": 2.0}
+                row |= {"threads": 1, "attempts": 1, "task.n_memorized": n_memorized, "train.loss": loss}
+                row |= {"task.seed": seed, "seed": seed, "behavior.flip_rate": flips}
+                row |= {"behavior.ci95.flip_rate.0": flips - 0.1, "behavior.ci95.flip_rate.1": flips + 0.2}
+                block = "steering.to_generalization"
+                row |= {f"{block}.shift_rate": 0.75, f"{block}.controls.random_neurons.mean": 0.25}
+                row |= {f"{block}.ci95.0": 0.6, f"{block}.ci95.1": 0.9, f"{block}.n": 40, f"{block}.n_items": 20}
+                rows.append(row)
+    del rows[0]["steering.to_generalization.shift_rate"]
+    rows.append(
+        {"run": "broken", "directory": "runs/broken", "status": "failed", "error": "OSError: <full>", "seed": 9}
+    )
+    return Runs(tuple(rows))
 
 
 def methods() -> MethodsBenchmark:

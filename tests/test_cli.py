@@ -31,7 +31,10 @@ def printed(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["run", "--help"], ["run", "quickstart", "--help"], ["presets"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--help"], ["run", "--help"], ["run", "quickstart", "--help"], ["sweep", "quickstart", "--help"], ["presets"]],
+)
 def test_help_imports_nothing_heavy(flags):
     code = (
         "import sys\nfrom memgen_lens.cli import main\ntry:\n"

@@ -602,6 +602,15 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "figures.method_ablation": lambda w: good(figures.method_ablation, benchmark=made_up.methods()),
     "figures.method_agreement": lambda w: good(figures.method_agreement, benchmark=made_up.methods()),
     "figures.method_recovery": lambda w: good(figures.method_recovery, benchmark=made_up.methods()),
+    "figures.runs_side_by_side": lambda w: good(
+        figures.runs_side_by_side, comparison=mg.compare(made_up.runs()), figure="behavior.flip_rate"
+    ),
+    "figures.setting_effect": lambda w: good(
+        figures.setting_effect,
+        comparison=mg.compare(made_up.runs()),
+        setting="task.n_memorized",
+        figures=["behavior.flip_rate"],
+    ),
     "figures.adapter_overlap": lambda w: good(figures.adapter_overlap, result=made_up.adapters()),
     "figures.task_overlap": lambda w: good(figures.task_overlap, result=made_up.tasks()),
     "figures.probe_transfer": lambda w: good(figures.probe_transfer, result=made_up.tasks()),
@@ -646,6 +655,22 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         device="cpu",
         progress=False,
     ),
+    "grid": lambda w: good(mg.grid, preset="quickstart", seeds=[0, 1], settings={"train.max_steps": [100, 200]}),
+    "run_many": lambda w: good(
+        mg.run_many,
+        configs={"short": w.short},
+        out=w.taken / "report.html",  # with address and threads a third reason why nothing is run
+        n_jobs=1,
+        threads=10**6,
+        backend="loky",
+        address="tcp://127.0.0.1:9",
+        retries=1,
+        retry_failed=False,
+        **QUIET,
+    ),
+    "compare": lambda w: good(
+        mg.compare, runs=made_up.runs(), figures=["behavior.flip_rate"], reference="n_memorized=100, loss=answer"
+    ),
     "dynamics": lambda w: good(
         mg.dynamics,
         run=w.trained,
@@ -679,6 +704,12 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "SteeringCost.load": lambda w: good(mg.SteeringCost.load, path="saved"),
     "Dynamics.save": lambda w: good(made_up.run_dynamics().save, directory="saved"),
     "Dynamics.load": lambda w: good(mg.Dynamics.load, path="saved"),
+    "Runs.save": lambda w: good(made_up.runs().save, directory="."),
+    "Runs.load": lambda w: good(mg.Runs.load, source="saved"),
+    "Runs.column": lambda w: good(made_up.runs().column, name="behavior.flip_rate"),
+    "Runs.with_status": lambda w: good(made_up.runs().with_status, status="done"),
+    "Comparison.save": lambda w: good(mg.compare(made_up.runs()).save, directory="."),
+    "Comparison.load": lambda w: good(mg.Comparison.load, path="saved"),
 }
 """By name, each public function and the arguments of a call; what is refused as it stands is in `REFUSED`."""
 REFUSED = (
@@ -687,11 +718,14 @@ REFUSED = (
     "dynamics",
     "mode_and_content",
     "run_experiment",
+    "run_many",
     "write_report",
     "NeuronScores.load",
     "Dynamics.load",
     "SteeringCost.load",
     "TunedSteering.load",
+    "Runs.load",
+    "Comparison.load",
 )
 
 
@@ -747,7 +781,7 @@ def test_every_public_function_is_tried():
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture", "Shortcut")}
     functions |= {"Guard", "SteeringObjective", "tasks.Passages", "tasks.PublicDomain"}
     records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
-    for kind in (mg.Guard, mg.Steering, mg.PromptPairs, *records):
+    for kind in (mg.Guard, mg.Steering, mg.PromptPairs, mg.Runs, mg.Comparison, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
         functions |= {

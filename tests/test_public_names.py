@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,12 @@ def test_every_public_name_can_be_imported_and_is_documented(name):
     value = getattr(mg, name)
     if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
         assert value.__doc__
+
+
+def test_no_submodule_hides_a_public_name():
+    """Importing `memgen_lens.x` sets the package's attribute ``x``, whatever the public name was."""
+    modules = {path.stem for path in Path(mg.__file__).parent.iterdir() if path.stem != "__init__"}
+    assert modules & set(mg.__all__) == {"tasks", "presets"}, "tasks is its own module; of presets see below"
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -22,6 +22,7 @@ from memgen_lens.core.types import Ablation, Direction, FittedKind, Positions, S
 
 MADE_BY = {
     "Activations": "mg.record",
+    "Comparison": "mg.compare",
     "FinetuneConfig": "mg.FinetuneConfig(...)",
     "ExperimentConfig": 'mg.presets["quickstart"]',
     "Guard": "mg.Guard or mg.Guard.fit",
@@ -33,6 +34,7 @@ MADE_BY = {
     "PositionProbes": "mg.probe_by_position",
     "PositionSteering": "mg.steering_by_position",
     "ProbeReport": "mg.fit_probes",
+    "Runs": "mg.run_many or mg.Runs.load",
     "PromptPairs": "mg.collect_pairs or mg.PromptPairs.from_strings",
     "Steering": "mg.Steering.from_scores and its other from_... methods",
     "SteeringCost": "mg.steering_cost",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binomtest, false_discovery_control, hypergeom, norm
+from scipy.stats import binomtest, false_discovery_control, hypergeom, norm, t
 from sklearn.metrics import roc_auc_score
 
 _BLOCK_ENTRIES = 2**20
@@ -121,6 +121,24 @@ def mean_of_draws(values: Any) -> dict[str, Any]:
     values = np.asarray(values, dtype=float)
     low, high = np.quantile(values, [0.025, 0.975])
     return {"mean": float(values.mean()), "ci95": [float(low), float(high)], "n_draws": int(values.size)}
+
+
+def mean_over_seeds(
+    values: Float[np.ndarray, " seed"], bounds: tuple[float, float]
+) -> tuple[float, tuple[float, float] | None]:
+    """Mean of one number a seed, with Student's 95 % interval.
+
+    There is none (None) for a single seed, nor where all are the same: then their spread tells nothing of others.
+
+    Args:
+        values: One number a seed, at least one.
+        bounds: What the number can be; the interval is cut to it.
+    """
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return mean, None
+    half = float(t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return mean, (max(bounds[0], mean - half), min(bounds[1], mean + half))
 
 
 def fdr(p: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:

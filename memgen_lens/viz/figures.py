@@ -27,6 +27,7 @@ from memgen_lens.viz.mode_figures import mode_and_content, mode_by_position
 from memgen_lens.viz.neuron_figures import neuron_activations
 from memgen_lens.viz.position_figures import patching_map, probe_by_position, steering_by_position
 from memgen_lens.viz.recitation_figures import recitation, recitation_under_steering
+from memgen_lens.viz.run_figures import runs_side_by_side, setting_effect
 from memgen_lens.viz.score_figures import top_neurons
 from memgen_lens.viz.steering_figures import steering_by_layer, steering_rates, steering_sweep
 from memgen_lens.viz.theme import (
@@ -66,7 +67,9 @@ __all__ = [
     "recitation",
     "recitation_under_steering",
     "rho_by_layer",
+    "runs_side_by_side",
     "seed_profiles",
+    "setting_effect",
     "split_half",
     "steering_by_layer",
     "steering_by_position",
