@@ -6,8 +6,9 @@ VENV ?= .venv$(if $(filter 4,$(TL)),-tl4)
 CONSTRAINTS := constraints$(if $(filter 4,$(TL)),-tl4).txt
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
-# Two workers, whose threads sleep where they have nothing to do: else they take each other's cores.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+# Two workers, whose threads sleep where they have nothing to do: else they take each other's cores. A file's tests stay
+# with one worker, so that what they look at is made once.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test check lint format demos smollm2 bench clean
 

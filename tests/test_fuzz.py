@@ -26,10 +26,12 @@ from hypothesis import strategies as st
 from planted_judge import PlantedTask
 
 import memgen_lens as mg
+from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, numpy and plotly, about odd values that are allowed
 
-EXAMPLES, EXAMPLES_THAT_RUN = 500, 200
+EXAMPLES, EXAMPLES_THAT_RUN = (500, 200) if HAS_HOOKED_TRANSFORMER else (100, 50)
+"""What is refused hangs little on the version of TransformerLens: with 4 fewer do."""
 RUNNING = (
     "attribute",
     "Guard.fit",
