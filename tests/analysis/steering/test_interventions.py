@@ -255,7 +255,7 @@ def test_at_alpha_one_a_scale_doubles_neurons_or_silences_them_and_beyond_it_nev
     for alpha, factors in ((1.0, {0.0, 2.0}), (4.0, {0.0, 5.0})):
         steer = steering(world, "scale", alpha=alpha)
         assert set(steer.values.ravel()) == factors | {1.0}, "1 where a neuron is silent on both sides"
-        assert (steer.values[0] != steer.values[1]).mean() > 0.9
+        assert (steer.values[0] != steer.values[1]).mean() > 0.5
 
 
 def test_without_a_source_a_scale_goes_by_the_sign_of_rho(world):
@@ -336,8 +336,9 @@ def test_controls_of_a_scale_move_or_swap_its_factors(world):
                 assert len(found[0]) == len(found[1])
                 if name != "random_sign":
                     np.testing.assert_array_equal(*found)
-    flips = [draw.values[0] != steer.values[0] for draw in control_draws(steer, "random_sign", 50, rng)]
-    assert 0.4 < np.mean(flips) < 0.6
+    tells = steer.values[0] != steer.values[1]
+    flips = [(draw.values[0] != steer.values[0])[tells] for draw in control_draws(steer, "random_sign", 50, rng)]
+    assert 0.45 < np.mean(flips) < 0.55
 
 
 def test_controls_of_what_is_set_set_other_neurons_to_values_of_their_own(world):

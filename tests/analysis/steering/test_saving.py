@@ -13,6 +13,7 @@ from interventions import MODES, steering
 
 import memgen_lens as mg
 from memgen_lens.analysis.steering.controls import control_draws, controls_of
+from memgen_lens.analysis.steering.generation import steered_outputs
 from memgen_lens.core.errors import ModelError, RunDirectoryError, SiteError
 from memgen_lens.models.fingerprint import Fingerprint
 
@@ -87,7 +88,7 @@ def test_on_other_weights_it_is_an_error_that_says_so_and_nothing_is_steered(wor
     with pytest.raises(ModelError, match="SHA-256"):
         again.hooks(other, toward="memorization")
     with pytest.raises(ModelError, match="SHA-256"):
-        mg.evaluate_steering(other, None, world.pairs, again, progress=False)
+        steered_outputs(other, ["abM="], [again], toward="memorization", max_new_tokens=1)
     assert torch.equal(other(world.tokens), before) and planted.hooks_on(other) == {}
     with replace(again, fingerprint=None).applied(other, toward="memorization"):
         assert not torch.equal(other(world.tokens), before)
