@@ -181,7 +181,7 @@ def edited(**changes):
         (edited(setting={}), r"content that is not its own \(TypeError"),
         (
             edited(setting={"site": "post", "top_fraction": 1, "alpha": 1, "positions": "answer", "mode": "x"}),
-            "mode 'x'",
+            r"content that is not its own",
         ),
     ],
 )
