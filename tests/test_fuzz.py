@@ -76,7 +76,10 @@ TEXTS = (
     "low_rank",
     "answer",
     "prompt",
+    "generated",
     "all",
+    "ablate",
+    "mean",
     "exact",
     "heldout",
     "cpu",
@@ -361,6 +364,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         layers=None,
         mode="shift",
         source=None,
+        how=None,
         sizes=None,
         seed=0,
         split="tune",
@@ -458,11 +462,37 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "Steering.from_scores": lambda w: good(
         mg.Steering.from_scores,
         scores=w.scores,
-        top_fraction=0.1,
+        top_fraction=None,
         alpha=1.0,
-        mode="shift",
-        source=None,
+        mode="ablate",
+        source=w.acts,
+        how="resample",
+        top_k=None,
+        max_q=None,
+        neurons=[(0, 1)],
+        per_layer=False,
         layers=[0],
+        positions=None,
+        seed=0,
+    ),
+    "Steering.from_direction": lambda w: good(
+        mg.Steering.from_direction,
+        vectors=np.ones(planted.D_MLP),
+        site="post",
+        layers=[0],
+        alpha=1.0,
+        points_to="memorization",
+        positions=None,
+    ),
+    "Steering.from_mean_difference": lambda w: good(
+        mg.Steering.from_mean_difference, acts=w.acts, site="post", layers=[1], alpha=1.0, positions=None
+    ),
+    "Steering.from_sae": lambda w: good(
+        mg.Steering.from_sae,
+        sae=SimpleNamespace(W_dec=np.ones((2, 4)), cfg=SimpleNamespace(hook_name="blocks.0.hook_resid_post")),
+        feature=1,
+        alpha=1.0,
+        points_to="memorization",
         positions=None,
     ),
     "Steering.from_activations": lambda w: good(
@@ -479,6 +509,10 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         seed=0,
     ),
     "Steering.applied": lambda w: good(steered, model=w.model, toward="memorization", pairs=None, prompt_length=3),
+    "Steering.hooks": lambda w: good(w.steer.hooks, model=w.model, toward="memorization", pairs=None, prompt_length=3),
+    "Steering.fitted_to": lambda w: good(w.steer.fitted_to, model=w.model),
+    "Steering.save": lambda w: good(w.steer.save, directory="saved", model=w.model),
+    "Steering.load": lambda w: good(mg.Steering.load, directory="saved"),
     "PromptPairs.from_strings": lambda w: good(
         mg.PromptPairs.from_strings,
         **LISTS,
@@ -728,6 +762,7 @@ REFUSED = (
     "TunedSteering.load",
     "Runs.load",
     "Comparison.load",
+    "Steering.load",
 )
 
 
@@ -785,6 +820,11 @@ def test_every_public_function_is_tried():
     records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
     for kind in (mg.Guard, mg.Steering, mg.PromptPairs, mg.Runs, mg.Comparison, *records):
         public = (name for name in vars(kind) if not name.startswith("_"))
+    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
+    functions |= {"SteeringObjective", "SteeringObjective.value"}
+    records = (mg.NeuronScores, mg.Dynamics, mg.TunedSteering, mg.SteeringCost)
+    for kind in (mg.Steering, mg.PromptPairs, *records):
+        public = (name for name in dir(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
         functions |= {
             f"{kind.__name__}.{name}"

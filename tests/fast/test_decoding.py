@@ -1,5 +1,6 @@
 """Copies of prompts that are changed each in its own way say what each says alone, written out with TransformerLens."""
 
+from dataclasses import replace
 from functools import partial
 
 import helpers
@@ -56,7 +57,7 @@ def alone(model, prompt: Tensor, hooks: list, n_new: int = N_NEW) -> tuple[list[
 def one_by_one(model, prompts: Tensor, copies: int, intervention: Intervention) -> tuple[list[list[list[int]]], float]:
     """What every copy of every prompt says, and how near the nearest tie was."""
     n, margins, said = prompts.shape[1], [], []
-    where = slice(n - 1, n) if intervention.first_only else slice(n - 1, None)
+    where = slice(n - 1 + intervention.later_only, n if intervention.first_only else None)
 
     def hook(activation: Tensor, hook, *, change: Change, copy: int, prompt: int) -> Tensor:
         h = activation[0, where].flatten(1)
@@ -109,6 +110,16 @@ def intervention_at(model, names: list[str], copies: int, n_prompts: int, *, fir
         for i, name in enumerate(names)
     }
     return Intervention(changes, first_only=first_only)
+
+
+@pytest.mark.parametrize("names", [["blocks.1.hook_resid_post"], ["blocks.0.attn.hook_z", "blocks.2.mlp.hook_post"]])
+def test_what_changes_generated_positions_alone_leaves_the_first_token(speaker, names):
+    model = speaker()
+    both = [intervention_at(model, names, 3, len(PROMPTS), size=4.0), Intervention({})]
+    later = replace(both[0], later_only=True)
+    assert_same(model, PROMPTS, 3, later)
+    firsts = [[row[0] for copy in together(model, PROMPTS, 3, one) for row in copy] for one in (later, *both)]
+    assert firsts[0] == firsts[2] != firsts[1]
 
 
 def assert_same(model, prompts: Tensor, copies: int, intervention: Intervention, *, differ: bool = True) -> None:

@@ -75,8 +75,8 @@ class ByDirection(Intervention):
     ) -> Kind:
         """Add the mean over the ``select`` pairs of ``h_mem - h_gen``, all of it, in each layer.
 
-        At alpha 1 the mean of one side becomes that of the other (Rimsky et al., arXiv 2312.06681, who steer one layer
-        and every position). It is a shift of all neurons whose sign is that of nmd, not of rho.
+        At alpha 1 the mean of one side becomes that of the other (Rimsky et al., arXiv 2312.06681, who steer one layer,
+        at all positions behind the prompt). It is a shift of all neurons whose sign is that of nmd, not of rho.
 
         Args:
             acts: Recorded activations of that site.

@@ -96,7 +96,8 @@ def _read(said: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]
 
     scores = None
     if said["scores"] is not None:
-        scores = NeuronScores(**said["scores"], **{name: arrays.get(f"scores.{name}") for name in SCORE_ARRAYS})
+        found: dict[str, Any] = {name: arrays.get(f"scores.{name}") for name in SCORE_ARRAYS}
+        scores = NeuronScores(**(said["scores"] | found))
     rules = None
     if said["rules"] is not None:
         fits = SiteFits.again(activations("fits"), arrays["fits.items"], **said["rules"])

@@ -16,7 +16,7 @@ from memgen_lens.analysis.steering.intervention import steering_changes
 from memgen_lens.analysis.steering.intervention import steering_hooks as steering_hooks
 from memgen_lens.analysis.steering.rules import DEFAULT_SIZE, Rules, SiteFits, best_predicted
 from memgen_lens.analysis.steering.saving import load_steering, save_steering
-from memgen_lens.analysis.steering.selection import Choice, strongest
+from memgen_lens.analysis.steering.selection import DEFAULT_FRACTION, Choice, strongest
 from memgen_lens.analysis.steering.values import values_for, wrong_shape
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -37,7 +37,7 @@ class Steering(ByDirection):
     ========== ========================================================================================================
     shift      ``h + s * alpha * sign(rho) * abs(nmd)`` (arXiv 2412.18497 v2, sec. 5)
     scale      ``(1 + alpha) h`` towards the behaviour that the neuron speaks for, ``max(0, 1 - alpha) h`` towards the
-               other; at alpha 1 that doubles neurons or silences them, as Dai et al. do (arXiv 2104.08696, sec. 4.2).
+               other; at alpha 1 that doubles neurons or silences them, as Dai et al. do (arXiv 2104.08696).
                A neuron speaks for the side on which its mean over ``select`` is farther from 0; without ``source`` for
                that of its rho's sign, which is the same where no activation is below 0
     clamp      the neuron's mean over ``select`` on the side of the behaviour steered towards
@@ -142,7 +142,7 @@ class Steering(ByDirection):
         shift = alpha * np.sign(scores.rho) * np.abs(scores.nmd) * selected
         setting = SteeringSetting(
             site=scores.site,
-            top_fraction=(top_fraction or 0.1) if choice.words is None else float(selected.mean()),
+            top_fraction=(top_fraction or DEFAULT_FRACTION) if choice.words is None else float(selected.mean()),
             alpha=alpha if mode in ("shift", "scale") else None,
             positions="prompt" if mode == "patch" else positions or "answer",
             mode=mode,

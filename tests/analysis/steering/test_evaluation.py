@@ -335,6 +335,23 @@ def test_kl_is_that_of_the_next_token_on_heldout_prompts(learned, steer, table):
     assert by_hand > 0.001
 
 
+def test_side_effects_of_resampled_neurons_are_those_of_draws_in_the_prompts_order(learned, steer):
+    how = {"mode": "ablate", "how": "resample", "source": learned.acts}
+    resample = Steering.from_scores(steer.scores, top_fraction=0.3, **how)
+    effects = mg.evaluate_steering(learned.model, learned.task, learned.pairs, resample, batch_size=40).side_effects
+    items = learned.task.items("heldout")
+    tokens = learned.model.to_tokens([item.prompt for item in items])
+    pairs = np.arange(len(items)) % len(learned.pairs)
+    with torch.no_grad():
+        plain = learned.model(tokens)[:, -1].log_softmax(-1)
+        with resample.applied(learned.model, toward="generalization", pairs=pairs):
+            changed = learned.model(tokens)[:, -1].log_softmax(-1)
+    by_hand = torch.nn.functional.kl_div(changed, plain, log_target=True, reduction="batchmean").item()
+    assert effects.kl_nats == pytest.approx(by_hand, rel=1e-4) and by_hand > 0.01
+    both = effects.heldout_generalization_steered, effects.heldout_generalization_steered_to_memorization
+    assert both[0] == both[1] < effects.heldout_generalization, "an ablation is the same both ways"
+
+
 def test_a_shift_of_nothing_has_no_effect_at_all(learned, steer):
     nothing = replace(steer, selected=steer.selected, shift=np.zeros_like(steer.shift))
     table = mg.evaluate_steering(learned.model, learned.task, learned.pairs, nothing, batch_size=500)
