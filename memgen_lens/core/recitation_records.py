@@ -183,7 +183,8 @@ class RecitationCurve:
         """Place of the steering that leaves the least recited among those that cost at most so much.
 
         Of several that leave equally little, the one under which texts are left soonest (``matched``), then the
-        cheapest; where none is cheap enough, the cheapest. To be asked of the texts that one chooses on, never of those that one reports on.
+        cheapest; where none is cheap enough, the cheapest. To be asked of the texts that one chooses on, never of those
+        that one reports on.
 
         Args:
             max_ratio: Perplexity on other text, steered over unsteered, at most.
