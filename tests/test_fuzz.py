@@ -816,14 +816,9 @@ def test_every_public_function_is_tried():
     functions |= {name for name in mg.__all__ if name.endswith("Config")} | {"CrossFit"}
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture", "Shortcut")}
-    functions |= {"Guard", "SteeringObjective", "tasks.Passages", "tasks.PublicDomain"}
-    records = (mg.NeuronScores, mg.Dynamics, mg.SteeringObjective, mg.TunedSteering, mg.SteeringCost)
-    for kind in (mg.Guard, mg.Steering, mg.PromptPairs, mg.Runs, mg.Comparison, *records):
-        public = (name for name in vars(kind) if not name.startswith("_"))
-    functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture")}
-    functions |= {"SteeringObjective", "SteeringObjective.value"}
+    functions |= {"Guard", "SteeringObjective", "SteeringObjective.value", "tasks.Passages", "tasks.PublicDomain"}
     records = (mg.NeuronScores, mg.Dynamics, mg.TunedSteering, mg.SteeringCost)
-    for kind in (mg.Steering, mg.PromptPairs, *records):
+    for kind in (mg.Guard, mg.Steering, mg.PromptPairs, mg.Runs, mg.Comparison, *records):
         public = (name for name in dir(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]
         functions |= {
