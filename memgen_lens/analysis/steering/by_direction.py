@@ -94,13 +94,13 @@ class ByDirection(Intervention):
         call = "from_mean_difference"
         memorized, generalized = select_means(acts, site, call=f"Steering.{call}")
         difference, n_layers = memorized - generalized, len(memorized)
-        places = np.arange(n_layers) if layers is None else np.unique(np.atleast_1d(np.asarray(layers)))
+        places = np.arange(n_layers) if layers is None else np.unique(np.asarray(layers, dtype=np.int64))
         useless = [place for place in places.tolist() if place >= n_layers or not difference[place].any()]
-        if useless:
+        if useless or not len(places):
             raise SettingsError(
                 f"Steering.{call}(layers=...)",
                 expected=f"layers of {site!r}, 0 to {n_layers - 1}, in which the sides differ",
-                received=str(useless[0]),
+                received=str(useless[0]) if useless else "none",
                 fix="Change layers.",
             )
         many = None if n_layers == 1 else places.tolist()
