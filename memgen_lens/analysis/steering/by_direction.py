@@ -81,7 +81,8 @@ class ByDirection(Intervention):
         Args:
             acts: Recorded activations of that site.
             site: Site name.
-            layers: This layer or these; None = all, each of which then adds its own to what those below have added.
+            layers: This layer or these; None = all in which the sides differ, each of which adds its own to what
+                those below have added.
             alpha: Multiple, above 0.
             positions: See `memgen_lens.Steering.from_scores`.
 
@@ -94,13 +95,15 @@ class ByDirection(Intervention):
         call = "from_mean_difference"
         memorized, generalized = select_means(acts, site, call=f"Steering.{call}")
         difference, n_layers = memorized - generalized, len(memorized)
-        places = np.arange(n_layers) if layers is None else np.unique(np.atleast_1d(np.asarray(layers)))
-        useless = [place for place in places.tolist() if place >= n_layers or not difference[place].any()]
-        if useless:
+        # What enters the first block is often the same on both sides: there is nothing to add.
+        differs = np.flatnonzero(difference.any(1))
+        places = differs if layers is None else np.unique(np.asarray(layers, dtype=np.int64))
+        useless = [place for place in places.tolist() if place not in differs]
+        if useless or not len(places):
             raise SettingsError(
                 f"Steering.{call}(layers=...)",
                 expected=f"layers of {site!r}, 0 to {n_layers - 1}, in which the sides differ",
-                received=str(useless[0]),
+                received=str(useless[0]) if useless else "none",
                 fix="Change layers.",
             )
         many = None if n_layers == 1 else places.tolist()

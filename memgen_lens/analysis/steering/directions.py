@@ -69,7 +69,7 @@ def placed(
             received="None",
             fix="Name them, e.g. layers=[3], or a hook point, e.g. site='blocks.3.hook_resid_post'.",
         )
-    places = np.atleast_1d(np.asarray(0 if layers is None else layers))
+    places = np.atleast_1d(np.asarray(0 if layers is None else layers, dtype=np.int64))
     rows = vectors if vectors.ndim == 2 else vectors[None].repeat(len(places), axis=0)
     if (places >= MAX_LAYERS).any():
         raise SettingsError(
