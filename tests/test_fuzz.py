@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from planted_judge import PlantedTask
 
 import memgen_lens as mg
+from memgen_lens.core.recitation_records import Recitation, RecitationCurve
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, numpy and plotly, about odd values that are allowed
@@ -609,13 +610,20 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         **CUT,
     ),
     "Recitation.extractable": lambda w: good(w.recited.extractable, k=2, group=4),
+    "Recitation.by_group": lambda w: good(w.recited.by_group, k=2),
+    "Recitation.recited": lambda w: good(w.recited.recited, k=2),
+    "Recitation.save": lambda w: good(w.recited.save, path="saved"),
+    "Recitation.load": lambda w: good(Recitation.load, path="saved"),
     "RecitationCurve.best": lambda w: good(w.curve.best, max_ratio=1.1),
+    "RecitationCurve.save": lambda w: good(w.curve.save, path="saved"),
+    "RecitationCurve.load": lambda w: good(RecitationCurve.load, path="saved"),
     "figures.recitation": lambda w: good(figures.recitation, result=w.recited),
     "figures.recitation_under_steering": lambda w: good(figures.recitation_under_steering, curve=w.curve),
     "figures.training_curves": lambda w: good(figures.training_curves, history=w.trained.history, loss_axis="log"),
     "figures.behavior_bars": lambda w: good(
         figures.behavior_bars, outcomes=mg.observe(w.trained.model, w.task, progress=False)
     ),
+    "figures.top_neurons": lambda w: good(figures.top_neurons, scores=w.scores, top=5),
     "figures.nmd_heatmap": lambda w: good(figures.nmd_heatmap, scores=w.scores, top=5),
     "figures.rho_by_layer": lambda w: good(figures.rho_by_layer, scores=w.scores),
     "figures.neuron_activations": lambda w: good(figures.neuron_activations, neuron=w.neuron),
@@ -762,6 +770,8 @@ REFUSED = (
     "TunedSteering.load",
     "Runs.load",
     "Comparison.load",
+    "Recitation.load",
+    "RecitationCurve.load",
     "Steering.load",
 )
 
@@ -817,7 +827,7 @@ def test_every_public_function_is_tried():
     functions |= {f"tasks.{name}" for name in mg.tasks.__all__ if inspect.isfunction(getattr(mg.tasks, name))}
     functions |= {f"tasks.{name}" for name in ("Addition", "Ciphertext", "InContextInference", "Mixture", "Shortcut")}
     functions |= {"Guard", "SteeringObjective", "SteeringObjective.value", "tasks.Passages", "tasks.PublicDomain"}
-    records = (mg.NeuronScores, mg.Dynamics, mg.TunedSteering, mg.SteeringCost)
+    records = (mg.NeuronScores, mg.Dynamics, mg.TunedSteering, mg.SteeringCost, Recitation, RecitationCurve)
     for kind in (mg.Guard, mg.Steering, mg.PromptPairs, mg.Runs, mg.Comparison, *records):
         public = (name for name in dir(kind) if not name.startswith("_"))
         methods = [name for name in public if inspect.isroutine(getattr(kind, name))]

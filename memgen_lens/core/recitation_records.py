@@ -87,10 +87,12 @@ class Recitation:
             )
         return wilson(self.matched[chosen] >= k, self.item[chosen])
 
+    @arguments("Recitation.by_group", k=kinds.Count | None)
     def by_group(self, k: int | None = None) -> dict[int | str, Rate]:
         """`extractable` of each group, in the order of first occurrence."""
         return {label: self.extractable(k, group=label) for label in dict.fromkeys(self.group)}
 
+    @arguments("Recitation.recited", k=kinds.Count | None)
     def recited(self, k: int | None = None) -> Int[np.ndarray, " index"]:
         """Places of the texts whose first ``k`` suffix tokens are recited exactly (default: the whole suffix)."""
         return np.flatnonzero(self.matched >= (self.suffix_tokens if k is None else k))

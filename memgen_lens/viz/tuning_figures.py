@@ -108,8 +108,8 @@ def steering_surface(tuned: TunedSteering, *, shown: Shown = "objective") -> go.
     first = tuned.rows[0]
     what = f"{WORDS[shown]} = {tuned.objective}" if shown == "objective" else WORDS[shown]
     way = "both ways" if tuned.toward is None else f"towards {tuned.toward}"
-    title = f"Tuned on tune, {way} ({counted(first.n, first.n_items)}): {what}"
-    return themed(figure, title, height=height)
+    title = f"Tuned {way} ({counted(first.n, first.n_items)})"
+    return themed(figure, title, height=height).update_layout(title_subtitle_text=escape(what), margin_t=84)
 
 
 def _panel(row: SweepRow) -> tuple[Any, ...]:
@@ -252,10 +252,7 @@ def steering_cost_curve(cost: SteeringCost, *, against: Against | None = None) -
     figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
     figure.update_xaxes(tickformat=None if against == "kl_nats" else ".0%")
     figure.update_xaxes(title_text=COSTS[against], row=len(panels), col=1)
-    site = escape(cost.setting.site)
-    title = f"Shift against cost: {site}, top {100 * cost.setting.top_fraction:g} %, alpha {cost.alphas[0]:g} to "
-    heldout = f"; {cost.n_heldout:,} held-out" if cost.n_heldout else ""
-    title += f"{cost.alphas[-1]:g} ({counted(cost.n, cost.n_items)}{heldout})"
+    title = f"Shift against cost, {escape(cost.setting.site)} ({counted(cost.n, cost.n_items)})"
     return themed(figure, title, height=170 + 210 * len(panels))
 
 

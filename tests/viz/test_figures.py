@@ -286,6 +286,22 @@ def test_nothing_to_draw_is_refused(draw):
         draw([])
 
 
+def test_the_first_neurons_are_drawn_strongest_at_the_top_with_their_intervals():
+    scores = scores_of(np.array([[0.1, -3.0, 0.2], [2.0, 0.0, np.nan]]))
+    score = np.array([[0.1, -0.9, 0.2], [0.7, 0.0, np.nan]])
+    scores = replace(scores, method="auroc", score=score, ci95=np.stack([score - 0.1, score + 0.05]))
+    figure = figures.top_neurons([scores, replace(scores, ci95=None)], top=3)
+    bars, bare = figure.data
+    assert list(bars.y) == ["0.2", "1.0", "0.1"], "a category axis begins at the foot"
+    assert list(bars.x) == [0.2, 0.7, -0.9]
+    np.testing.assert_allclose(bars.error_x.array, 0.05)
+    np.testing.assert_allclose(bars.error_x.arrayminus, 0.1)
+    assert bars.error_x.visible and not bare.error_x.visible
+    assert len(figures.top_neurons(scores, top=50).data[0].x) == 5, "what is no number has no rank"
+    with pytest.raises(SettingsError, match="expected scores that are finite numbers"):
+        figures.top_neurons(replace(scores, score=np.full((2, 3), np.nan)))
+
+
 def test_every_public_figure_has_a_short_title_and_named_axes(samples):
     scores, report, table = samples.neuron_scores(), samples.probe_report(), samples.steering_table()
     drawn = {
@@ -295,12 +311,15 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "rho_by_layer": figures.rho_by_layer(scores),
         "probe_by_layer": figures.probe_by_layer(report),
         "learning_curve": figures.learning_curve(report),
+        "top_neurons": figures.top_neurons(scores),
         "neuron_activations": figures.neuron_activations(samples.neuron_record()),
         "method_ablation": figures.method_ablation(made_up.methods()),
         "method_agreement": figures.method_agreement(made_up.methods()),
         "method_recovery": figures.method_recovery(made_up.methods()),
         "steering_rates": figures.steering_rates(table),
         "steering_sweep": figures.steering_sweep(samples.sweep_rows()),
+        "steering_surface": figures.steering_surface(made_up.tuned()),
+        "steering_cost_curve": figures.steering_cost_curve(made_up.steering_cost()),
         "steering_by_layer": figures.steering_by_layer(samples.layer_rows()),
     }
     elsewhere = {
@@ -316,9 +335,14 @@ def test_every_public_figure_has_a_short_title_and_named_axes(samples):
         "mode_by_position",
         "patching_map",
         "probe_by_position",
+        "recitation",
+        "recitation_under_steering",
+        "runs_side_by_side",
+        "setting_effect",
         "steering_by_position",
     }
-    # Those: test_consistency_figures.py, test_guard_figures.py, test_position_figures.py.
+    # Those: test_consistency_figures.py, test_guard_figures.py, test_position_figures.py, test_recitation_figures.py,
+    # test_comparison.py.
     assert set(drawn) == set(figures.__all__) - elsewhere
     for figure in drawn.values():
         assert len(figure.layout.title.text) <= 48
