@@ -252,7 +252,7 @@ def steering_cost_curve(cost: SteeringCost, *, against: Against | None = None) -
     figure.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
     figure.update_xaxes(tickformat=None if against == "kl_nats" else ".0%")
     figure.update_xaxes(title_text=COSTS[against], row=len(panels), col=1)
-    title = f"Shift against cost, {escape(cost.setting.site)} ({counted(cost.n, cost.n_items)})"
+    title = f"Shift and cost, {escape(cost.setting.site)} ({counted(cost.n, cost.n_items)})"
     return themed(figure, title, height=170 + 210 * len(panels))
 
 
