@@ -199,9 +199,10 @@ def _run(
         acts = record(model, pairs, sites, batch_size=analysis.batch_size, progress=progress)
         scores, probes = find_and_predict(directory, config, acts, say)
         look_at_top(directory, config, model, acts, scores, say, progress)
-        tables = steer(directory, config, model, acts, scores, say, progress)
-        guarded = guard(directory, config, model, acts, scores, tables["shift"].setting, say, progress)
-        consistency = compare(directory, config, model, acts, tables["shift"].setting.site, say)
+        steered = steer(directory, config, model, acts, scores, say, progress)
+        tables = steered.tables
+        guarded = guard(directory, config, model, acts, scores, steered.shift, say, progress)
+        consistency = compare(directory, config, model, acts, steered.shift.setting.site, say)
     except PairsError as error:
         # A null result is a result: too few flips leave the behaviours, and the reason why there is no more.
         why = str(error)

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score
 
 from memgen_lens.analysis import attribute, record
-from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, Method, Observational
+from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
 from memgen_lens.analysis.steering.ranked import (
     Subject,
     counts_of,
@@ -36,7 +36,7 @@ from memgen_lens.core.peak_memory import peak_memory
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import row_correlation
-from memgen_lens.core.types import LensModel
+from memgen_lens.core.types import LensModel, Method, Observational
 from memgen_lens.models import load_model
 from memgen_lens.tasks.task import Task
 from memgen_lens.training import TrainingRun

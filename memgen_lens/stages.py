@@ -4,6 +4,7 @@ Does not train, nor know any formula: the analyses do.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from memgen_lens.analysis import (
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.analysis.neurons.look import look_at
+from memgen_lens.analysis.steering.tune import score_of
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.guard_records import GuardTable
@@ -37,6 +39,19 @@ N_RESAMPLES = 1000
 """Bootstrap resamples behind the interval of each score."""
 N_LOOKED_AT = 3
 """Neurons that the report shows one by one."""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What steering did on ``test``.
+
+    Attributes:
+        tables: By mode, the chosen steering's figures.
+        shift: The chosen shift.
+    """
+
+    tables: dict[str, SteeringTable]
+    shift: Steering
 
 
 def find_and_predict(
@@ -101,14 +116,20 @@ def steer(
     scores: dict[str, NeuronScores],
     say: Callable[[str], None],
     progress: bool,
-) -> dict[str, SteeringTable]:
+) -> Steered:
     """Choose every steering on ``tune``, report them on ``test``, and see which layers matter; save all."""
     analysis, task, pairs = config.analysis, config.task, acts.pairs
     how = {"batch_size": analysis.batch_size, "progress": progress}
-    candidates = [scores[site] for site in analysis.sites]
+    ranked = {(site, "pearson"): scores[site] for site in analysis.sites} | {
+        (site, method): score_of(model, acts, site, method, seed=config.seed, **how)
+        for site in analysis.sites
+        for method in analysis.methods
+        if method != "pearson"
+    }
+    candidates = [ranked[site, method] for site in analysis.sites for method in analysis.methods]
     shared = {"top_fractions": analysis.top_fractions, **how}
     grid = {"alphas": analysis.alphas, "positions": analysis.positions, **shared}
-    say("choosing site, fraction and alpha on the tune pairs")
+    say("choosing site, ranking, fraction and alpha on the tune pairs")
     rows = {"shift": sweep_steering(model, task, pairs, candidates, **grid)}
     rows["patch"] = sweep_steering(model, task, pairs, candidates, mode="patch", source=acts, **shared)
     most = min(len(np.unique(pairs.item[pairs.of("select")])), *(score.rho.shape[1] for score in candidates))
@@ -118,7 +139,7 @@ def steer(
         rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
     say("steering the test pairs, with controls")
     chosen = {
-        mode: _steering(choose_setting(swept, toward=analysis.toward).setting, scores, acts, seed=config.seed)
+        mode: _steering(choose_setting(swept, toward=analysis.toward).setting, ranked, acts, seed=config.seed)
         for mode, swept in rows.items()
     }
     controls = {"n_controls": analysis.n_controls, "seed": config.seed}
@@ -132,7 +153,7 @@ def steer(
         model,
         task,
         pairs,
-        scores[shift.site],
+        ranked[shift.site, str(shift.method)],
         top_fractions=(shift.top_fraction,),
         alphas=(shift.alpha or 1.0,),
         positions=(shift.positions,),
@@ -141,7 +162,7 @@ def steer(
     )
     tried = [row for swept in rows.values() for row in swept]
     write_json(directory / "steering.json", {"tune": tried, "by_layer": by_layer, **tables})
-    return tables
+    return Steered(tables, chosen["shift"])
 
 
 def guard(
@@ -150,7 +171,7 @@ def guard(
     model: Any,
     acts: Activations,
     scores: dict[str, NeuronScores],
-    setting: SteeringSetting,
+    shift: Steering,
     say: Callable[[str], None],
     progress: bool,
 ) -> GuardTable:
@@ -158,7 +179,6 @@ def guard(
     analysis, task, pairs = config.analysis, config.task, acts.pairs
     how = {"batch_size": analysis.batch_size, "progress": progress, "seed": config.seed}
     say("guarding it: steering only where a probe below expects a recall")
-    shift = _steering(setting, scores, acts, seed=config.seed)
     guard = Guard.fit(
         model, task, acts, shift, false_trigger_rate=analysis.false_trigger_rate, batch_size=analysis.batch_size
     )
@@ -166,7 +186,7 @@ def guard(
     table.save(directory)
     if analysis.mode_and_content:
         say("telling mode from content: patching computing prompts from recalling ones")
-        steerings = {"shift": shift, **_bring_back(config, model, acts, scores[setting.site], progress)}
+        steerings = {"shift": shift, **_bring_back(config, model, acts, scores[shift.setting.site], progress)}
         try:
             mode_and_content(model, task, pairs, steerings=steerings, guard=guard, **how).save(directory)
         except PairsError as error:  # prompts whose lengths differ have no positions in common
@@ -198,13 +218,17 @@ def _bring_back(
             progress=progress,
         )
         best = max(rows, key=lambda row: (row.to_memorization, row.memorized_form))
-        found[kind.replace("_", " ")] = _steering(best.setting, {score.site: score}, acts, seed=config.seed)
+        found[kind.replace("_", " ")] = _steering(
+            best.setting, {(score.site, score.method): score}, acts, seed=config.seed
+        )
     return found
 
 
-def _steering(chosen: SteeringSetting, scores: Mapping[str, NeuronScores], acts: Activations, *, seed: int) -> Steering:
-    """The steering of a setting that a sweep over all layers has tried."""
-    score, alpha = scores[chosen.site], chosen.alpha or 1.0
+def _steering(
+    chosen: SteeringSetting, ranked: Mapping[tuple[str, str], NeuronScores], acts: Activations, *, seed: int
+) -> Steering:
+    """The steering of a setting that a sweep over all layers has tried; scores by site and method."""
+    score, alpha = ranked[chosen.site, str(chosen.method)], chosen.alpha or 1.0
     if chosen.mode in ("shift", "patch"):
         how = {"mode": chosen.mode, "source": acts, "positions": chosen.positions}
         return Steering.from_scores(score, chosen.top_fraction, alpha, **how)

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import SettingsError, shortened
 from memgen_lens.core.settings import MAX_SEED, Settings
-from memgen_lens.core.types import Direction, FittedKind, Positions
+from memgen_lens.core.types import Direction, FittedKind, Method, Positions
 
 
 class ModelConfig(Settings):
@@ -274,6 +274,9 @@ class AnalysisConfig(Settings):
     """Fractions of a site's neurons to try, each in (0, 1]."""
     alphas: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), min_length=1)
     """Multiples of abs(NMD) to try, each above 0."""
+    methods: tuple[Method, ...] = Field(("pearson",), min_length=1)
+    """What neurons are ranked by when they are steered (see `memgen_lens.attribute`): each is tried, and the one that
+    does best on ``tune`` is taken; "pearson" is the paper's."""
     positions: tuple[Positions, ...] = Field(("answer", "prompt"), min_length=1)
     """Where to try the shift: from the answer position on, at it alone, or at every position."""
     toward: Direction | None = None

@@ -98,6 +98,7 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
                 "top_fraction": setting.top_fraction,
                 "alpha": setting.alpha,
                 "positions": setting.positions,
+                "method": setting.method,
                 **({} if setting.size is None else {"mode": setting.mode, "size": setting.size}),
             },
             **({} if table.predicted is None else {"predicted": table.predicted}),

@@ -15,8 +15,8 @@ class SteeringSetting:
 
     Attributes:
         site: Site whose neurons are changed.
-        top_fraction: Share of the site's neurons, by largest abs(rho), in (0, 1]; where they were chosen in another way
-            (``chosen``), the share that they make.
+        top_fraction: Share of the site's neurons, by largest abs(score), in (0, 1]; where they were chosen in another
+            way (``chosen``), the share that they make.
         alpha: Multiple of abs(nmd), of a direction, or of the change that a fitted rule predicts; of a scale, what is
             added to a factor of 1 or taken from it; None where neurons are set to values.
         positions: See `memgen_lens.core.types.Positions`.
@@ -25,6 +25,7 @@ class SteeringSetting:
         size: Of a fitted rule, the number of its clusters or its rank; else None.
         how: Of an ablation, what neurons are set to; else None.
         chosen: How neurons were chosen, in words, where it was not by the top fraction over all layers; else None.
+        method: What they were ranked by (`memgen_lens.attribute`); None of a direction.
     """
 
     site: str
@@ -35,6 +36,7 @@ class SteeringSetting:
     size: int | None = None
     how: Ablation | None = None
     chosen: str | None = None
+    method: str | None = "pearson"
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,6 @@ class SweepRow:
         to_memorization: Share of computing prompts that now recall exactly.
         memorized_form: Share of computing prompts whose output now has the form of a memorized answer.
         to_memorization_other: Share of computing prompts whose output is neither the rule's nor of memorized form.
-        method: What the neurons were ranked by (`memgen_lens.attribute`).
         share: Where it was restricted to some layers, the share of the site's neurons that are changed there.
         heldout_loss: Accuracy lost on prompts that it is not meant to change, steered towards generalization, in
             [-1, 1]; None where it was not measured.
@@ -192,7 +193,6 @@ class SweepRow:
     to_memorization: float
     memorized_form: float
     to_memorization_other: float
-    method: str = "pearson"
     share: float | None = None
     heldout_loss: float | None = None
     heldout_loss_to_memorization: float | None = None

@@ -31,6 +31,11 @@ class Behavior(StrEnum):
     """Anything else, another item's memorized answer included."""
 
 
+Observational = Literal["nmd", "pearson", "welch_t", "cohens_d", "auroc", "probe_weights"]
+Causal = Literal["attribution_patching", "attribution_patching_ig", "integrated_gradients", "ablation", "patching"]
+Method = Literal[Observational, Causal]
+"""What neurons are scored by: whether they differ, or whether they make the difference (`memgen_lens.attribute`)."""
+
 Direction = Literal["generalization", "memorization"]
 """Which behaviour steering pushes towards."""
 

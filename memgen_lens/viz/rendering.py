@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.io import to_html
 
+from memgen_lens.core.steering_records import SteeringSetting
 from memgen_lens.viz import wording
 from memgen_lens.viz.theme import rule_of
 
@@ -33,10 +34,16 @@ def template(name: str) -> Template:
         "signed": wording.signed,
         "value": value_text,
         "quoted": lambda text: json.dumps(text, ensure_ascii=False),
-        "mode": lambda setting: setting.mode if setting.size is None else rule_of(setting.mode, setting.size),
+        "mode": _mode,
         "label": lambda name: str(name).replace("_", " "),
     }
     return environment.get_template(name)
+
+
+def _mode(setting: SteeringSetting) -> str:
+    """How neurons are changed, and what they were ranked by where that is not rho."""
+    mode = setting.mode if setting.size is None else rule_of(setting.mode, setting.size)
+    return mode if setting.method in (None, "pearson") else f"{mode}, by {setting.method.replace('_', ' ')}"
 
 
 def figure_html(name: str, figure: go.Figure) -> str:

@@ -226,9 +226,9 @@ def _best_rows(run: RunContents) -> list[tuple[SweepRow, bool]]:
     """The rows that were chosen, each marked so, then the row of largest gain of each site, mode and positions."""
     whole = sorted((row for row in run.sweep if row.layers is None), key=lambda row: row.gain, reverse=True)
     chosen = {table.setting for table in _tables(run).values()}
-    best: dict[tuple[str, str, str], SweepRow] = {}
+    best: dict[tuple[Any, ...], SweepRow] = {}
     for row in whole:
-        best.setdefault((row.setting.site, row.setting.mode, row.setting.positions), row)
+        best.setdefault((row.setting.site, row.setting.mode, row.setting.positions, row.setting.method), row)
     shown = [row for row in whole if row.setting in chosen or row in best.values()]
     return sorted(((row, row.setting in chosen) for row in shown), key=lambda pair: not pair[1])
 

@@ -155,7 +155,8 @@ def steering_sweep(
     """Success of every fraction x alpha of one site, both ways: the topN x alpha grid of arXiv 2412.18497.
 
     Three panels: recalling prompts that now give the rule's answer, computing prompts that now give the
-    item's own memorized answer, and computing prompts whose output has the form of one. Patch mode has no
+    item's own memorized answer, and computing prompts whose output has the form of one. Where neurons were ranked by
+    several methods, those of the chosen setting's, or of the best row's. Patch mode has no
     alpha and is the last column; fitted rules have columns of their own. Rows restricted to some layers are left to
     `steering_by_layer`.
 
@@ -171,9 +172,9 @@ def steering_sweep(
     """
     whole = [row for row in rows if row.layers is None]
     at_least_one(whole, "steering_sweep(rows)", "row for all layers")
-    best = max(whole, key=lambda row: row.gain if isfinite(row.gain) else -inf).setting
+    best = _best(whole)
     wanted = (site or (chosen or best).site, positions or (chosen or best).positions)
-    grid = [row for row in whole if (row.setting.site, row.setting.positions) == wanted]
+    grid = [row for row in whole if _place(row.setting) == wanted]
     if not grid:
         known = sorted({f"site={row.setting.site!r}, positions={row.setting.positions!r}" for row in whole})
         raise SiteError(
@@ -182,6 +183,8 @@ def steering_sweep(
             received=f"site={wanted[0]!r}, positions={wanted[1]!r}",
             fix=suggest(f"site={wanted[0]!r}, positions={wanted[1]!r}", known),
         )
+    ranked_by = (chosen if chosen is not None and _place(chosen) == wanted else _best(grid)).method
+    grid = [row for row in grid if row.setting.method == ranked_by]
     columns = sorted({_column(row.setting) for row in grid}, key=_order)
     fractions = sorted({row.setting.top_fraction for row in grid})
     found = {(row.setting.top_fraction, _column(row.setting)): row for row in grid}
@@ -257,6 +260,11 @@ def _label(mode: Mode, how: Ablation | None, size: int | None, alpha: float | No
 
 def _mode(setting: SteeringSetting) -> str:
     return setting.mode if setting.how is None else f"{setting.mode} ({setting.how})"
+
+
+def _best(rows: Sequence[SweepRow]) -> SteeringSetting:
+    """The setting of the row with the largest gain."""
+    return max(rows, key=lambda row: row.gain if isfinite(row.gain) else -inf).setting
 
 
 def _place(setting: SteeringSetting) -> tuple[str, str]:

@@ -114,7 +114,7 @@ def steering_surface(tuned: TunedSteering, *, shown: Shown = "objective") -> go.
 
 def _panel(row: SweepRow) -> tuple[Any, ...]:
     setting = row.setting
-    return setting.site, kind_of(setting), setting.size, row.method
+    return setting.site, kind_of(setting), setting.size, setting.method
 
 
 def kind_of(setting: SteeringSetting) -> str:
@@ -193,7 +193,8 @@ def _told(tuned: TunedSteering, row: SweepRow) -> str:
     alpha = "" if setting.alpha is None else f", alpha {setting.alpha:g}"
     where = "" if row.layers is None else f", layers {', '.join(map(str, row.layers)) or 'none'}"
     lines = [
-        f"top {100 * setting.top_fraction:g} % of {escape(setting.site)} by {row.method.replace('_', ' ')}{alpha}",
+        f"top {100 * setting.top_fraction:g} % of {escape(setting.site)} "
+        f"by {str(setting.method).replace('_', ' ')}{alpha}",
         f"{kind_of(setting)}, positions {setting.positions}{where}",
         f"objective {tuned.value(row):.3f}",
         f"to generalization {row.to_generalization:.1%}, other {row.to_generalization_other:.1%}",

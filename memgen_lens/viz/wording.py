@@ -76,7 +76,8 @@ def describe(setting: SteeringSetting) -> str:
     alpha = "" if setting.alpha is None else f" (alpha {setting.alpha:g})"
     rule = "" if setting.size is None else f" by {rule_of(setting.mode, setting.size)}"
     chosen = f"top {percent(setting.top_fraction)}" if setting.chosen is None else setting.chosen
-    return f"the {chosen} of {setting.site} neurons{rule}{alpha}"
+    ranked = "" if setting.method in (None, "pearson") else f" by {setting.method.replace('_', ' ')}"
+    return f"the {chosen} of {setting.site} neurons{ranked}{rule}{alpha}"
 
 
 def verdict(run: RunContents) -> str:

@@ -23,7 +23,7 @@ from memgen_lens.analysis.attribution.calls import (
 from memgen_lens.analysis.attribution.causal import Baseline
 from memgen_lens.analysis.attribution.contrast import Metric
 from memgen_lens.analysis.attribution.effects import CALL, explained
-from memgen_lens.analysis.attribution.methods import CAUSAL, Method, observed
+from memgen_lens.analysis.attribution.methods import CAUSAL, observed
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.attribution.streaming import (
     PAIRS_A_BLOCK,
@@ -40,7 +40,7 @@ from memgen_lens.core.arguments import arguments
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import Activations, NeuronScores
-from memgen_lens.core.types import LensModel
+from memgen_lens.core.types import LensModel, Method
 
 
 @arguments(

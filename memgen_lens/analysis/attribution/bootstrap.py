@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from memgen_lens.analysis.attribution.methods import Observational
 from memgen_lens.analysis.attribution.resampled import WeightedSums, Weighting, reweighted
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import SiteActivations
+from memgen_lens.core.types import Observational
 
 MINIMUM = 100
 """Fewer resamples leave the ends of an interval to two of them or less."""

@@ -15,7 +15,7 @@ from memgen_lens.analysis.attribution.answers import Answers, answers_of
 from memgen_lens.analysis.attribution.bootstrap import Bootstrap
 from memgen_lens.analysis.attribution.causal import Baseline, Effects, Explainer, Sides
 from memgen_lens.analysis.attribution.contrast import Contrast, Metric
-from memgen_lens.analysis.attribution.methods import EXACT, Causal
+from memgen_lens.analysis.attribution.methods import EXACT
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.attribution.streaming import by_item, pairs_of, places_of, scores_of
 from memgen_lens.analysis.recording.finite import require_finite
@@ -24,7 +24,7 @@ from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import NeuronScores
-from memgen_lens.core.types import LensModel
+from memgen_lens.core.types import Causal, LensModel
 from memgen_lens.models.sites import site_hooks
 
 CALL = "attribute"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memgen_lens.analysis.attribution.contrast import Asked, Contrast, Hooks
 from memgen_lens.core.errors import ModelError, SiteError
+from memgen_lens.fast.decoding import Change
 
 Values = Float[Tensor, "batch layer neuron"]
 
@@ -104,7 +105,9 @@ def changes(
             hooked: Hooks = [(hooks[layer], _putting(masks[:, layer], values[:, layer], asked)) for layer in touched]
             each = contrast.of(asked, hooked, copies=len(masks))
         else:
-            taps = {hooks[layer]: partial(_mixed, masks[:, layer], values[:, layer]) for layer in touched}
+            taps: dict[str, Change] = {
+                str(hooks[layer]): partial(_mixed, masks[:, layer], values[:, layer]) for layer in touched
+            }
             each = contrast.changed(asked, forced, taps, len(masks))
         found.append(each[1:] - each[:1])
         done(len(some) * len(asked.index))

@@ -4,7 +4,7 @@ Causal methods are in `causal`. Does not know how activations are recorded.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -13,10 +13,8 @@ from scipy.stats import rankdata
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.records import SiteActivations
+from memgen_lens.core.types import Causal, Observational
 
-Observational = Literal["nmd", "pearson", "welch_t", "cohens_d", "auroc", "probe_weights"]
-Causal = Literal["attribution_patching", "attribution_patching_ig", "integrated_gradients", "ablation", "patching"]
-Method = Literal[Observational, Causal]
 CAUSAL: tuple[Causal, ...] = get_args(Causal)
 ON_A_PATH: tuple[Causal, ...] = ("attribution_patching_ig", "integrated_gradients")
 """Those that average gradients over a path."""

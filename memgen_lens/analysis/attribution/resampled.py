@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
-from memgen_lens.analysis.attribution.methods import Observational
 from memgen_lens.core.linear_probe import fit_probe
+from memgen_lens.core.types import Observational
 
 Weights = Callable[[int, int], Float[np.ndarray, "draw item"]]
 """What gives the weights of the items from one place to another."""

@@ -24,7 +24,7 @@ from memgen_lens.analysis.attribution.calls import (
 from memgen_lens.analysis.attribution.causal import Baseline
 from memgen_lens.analysis.attribution.contrast import Metric
 from memgen_lens.analysis.attribution.effects import How, found_effects
-from memgen_lens.analysis.attribution.methods import CAUSAL, Causal, Method, Observational
+from memgen_lens.analysis.attribution.methods import CAUSAL
 from memgen_lens.analysis.attribution.resampled import WeightedSums, Weighting, reweighted
 from memgen_lens.analysis.attribution.streaming import by_item, correlation, places_of
 from memgen_lens.analysis.recording.activations import record
@@ -37,7 +37,7 @@ from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import Activations, SiteActivations
 from memgen_lens.core.stats import largest, row_correlation
-from memgen_lens.core.types import LensModel
+from memgen_lens.core.types import Causal, LensModel, Method, Observational
 
 CALL = "consistency.split_half"
 SPLITS_A_BLOCK = 10

@@ -155,5 +155,5 @@ def _added(
     """Vectors that are added to a site."""
     added, selected = placed(vectors, site, layers, call=f"Steering.{call}")
     sign = 1.0 if points_to == "memorization" else -1.0
-    setting = SteeringSetting(site, 1.0, alpha, positions or "answer", "direction", chosen=chosen)
+    setting = SteeringSetting(site, 1.0, alpha, positions or "answer", "direction", chosen=chosen, method=None)
     return cls(setting, None, selected, sign * alpha * added)

@@ -25,13 +25,11 @@ class Candidate:
         steering: The steering.
         layers: Layers it was restricted to; None = all (of a fitted rule: the one layer that it chooses).
         share: Where it was restricted, the share of the site's neurons that are changed.
-        method: What its neurons were ranked by.
     """
 
     steering: Steering
     layers: tuple[int, ...] | None
     share: float | None
-    method: str
 
 
 def candidates(
@@ -63,7 +61,7 @@ def candidates(
         for position, chosen, fraction, alpha in product(positions, layers, top_fractions, alphas):
             steering = make(fraction, alpha, chosen, position)
             only = None if chosen is None else tuple(chosen)
-            candidate = Candidate(steering, only, _share(score, steering, only, call), score.method)
+            candidate = Candidate(steering, only, _share(score, steering, only, call))
             found.setdefault((number, steering.setting, only), candidate)
     return list(found.values())
 

@@ -148,6 +148,7 @@ class Steering(ByDirection):
             mode=mode,
             how=how,
             chosen=choice.words,
+            method=scores.method,
         )
         return cls(setting, scores, selected, shift if mode == "shift" else np.zeros_like(shift), **vars(values))
 
@@ -274,7 +275,9 @@ def by_rules(
     if layers is None:
         selected &= (np.arange(len(selected)) == best_predicted(fits, selected))[:, None]
     return Steering(
-        setting=SteeringSetting(scores.site, top_fraction, alpha, positions or "answer", fits.kind, fits.size),
+        setting=SteeringSetting(
+            scores.site, top_fraction, alpha, positions or "answer", fits.kind, fits.size, method=scores.method
+        ),
         scores=scores,
         selected=selected,
         shift=np.zeros_like(scores.rho),

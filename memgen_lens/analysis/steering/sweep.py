@@ -148,7 +148,6 @@ def swept_rows(
             to_memorization=float(np.mean(recalled[i] == Behavior.MEMORIZATION)),
             memorized_form=float(np.mean(forms[i])),
             to_memorization_other=float(np.mean((recalled[i] == Behavior.OTHER) & ~forms[i])),
-            method=candidate.method,
             share=candidate.share,
         )
         for i, candidate in enumerate(tried)

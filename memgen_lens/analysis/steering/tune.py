@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from memgen_lens.analysis.attribution.attribute import attribute
-from memgen_lens.analysis.attribution.methods import CAUSAL, Method
+from memgen_lens.analysis.attribution.methods import CAUSAL
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.evaluation import evaluate_steering, plain_rate
@@ -24,7 +24,7 @@ from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.stats import wilson
 from memgen_lens.core.steering_records import SweepRow
 from memgen_lens.core.tuning_records import SteeringObjective, TunedSteering, choose
-from memgen_lens.core.types import Ablation, Direction, FittedKind, LensModel, Positions, ScoredMode
+from memgen_lens.core.types import Ablation, Direction, FittedKind, LensModel, Method, Positions, ScoredMode
 from memgen_lens.models.guard import lens_model
 
 CALL = "tune_steering"

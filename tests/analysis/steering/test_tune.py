@@ -133,7 +133,7 @@ def test_every_kind_of_intervention_is_tried_and_patches_say_why_they_have_no_lo
     # Twice for both methods, both layers and (but of patches) both positions, of what has a strength for each alpha.
     by_mode = {"shift": 16, "scale": 16, "clusters": 16, "clamp": 8, "patch": 4}
     assert counts == {(mode, None): n for mode, n in by_mode.items()} | {("ablate", "zero"): 8, ("ablate", "mean"): 8}
-    assert {row.method for row in tuned.rows} == {"pearson", "nmd"}
+    assert {row.setting.method for row in tuned.rows} == {"pearson", "nmd"}
     for row in tuned.rows:
         assert (row.heldout_loss is None) == (row.setting.mode == "patch")
         assert row.share == (None if row.layers is None else pytest.approx(planted.ONE_NEURON))
