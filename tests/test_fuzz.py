@@ -485,8 +485,6 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         prepend_bos=None,
         **CUT,
     ),
-    "Recitation.extractable": lambda w: good(w.recited.extractable, k=2, group=4),
-    "RecitationCurve.best": lambda w: good(w.curve.best, max_ratio=1.1),
     "figures.recitation": lambda w: good(figures.recitation, result=w.recited),
     "figures.recitation_under_steering": lambda w: good(figures.recitation_under_steering, curve=w.curve),
     "figures.training_curves": lambda w: good(figures.training_curves, history=w.trained.history, loss_axis="log"),
