@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float
 from pydantic import Field, field_validator
 
 from memgen_lens.core.items import Item
@@ -229,15 +229,15 @@ def _drawn(n: int, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
     forms = rng.integers(len(SENTENCES), size=(n, 8))
     picks = rng.random((n, 8, TOKENS_A_SENTENCE - 1))
     for row, row_picks in zip(forms, picks, strict=True):
-        said = "".join(_sentence(form, pick) for form, pick in zip(row, row_picks, strict=True))
+        said = "".join(_sentence(form, pick) for form, pick in zip(row.tolist(), row_picks, strict=True))
         middle = len(said) - len("".join(said.split(".")[4:])) - 4
         yield said[1:middle], said[middle:]
 
 
-def _sentence(form: Int[np.ndarray, ""] | int, picks: np.ndarray) -> str:
+def _sentence(form: int, picks: Float[np.ndarray, " word"]) -> str:
     words = [
         options[int(pick * len(options))]
-        for options, pick in zip(map(_options, _slots(SENTENCES[int(form)])), picks, strict=True)
+        for options, pick in zip(map(_options, _slots(SENTENCES[form])), picks, strict=True)
     ]
     return "".join(f" {word}" for word in words) + "."
 

@@ -50,8 +50,13 @@ def test_a_random_shift_of_the_same_size_hits_another_token(model):
     assert again == point
 
 
-@helpers.either_kind
-@pytest.mark.parametrize("positions", ["answer", "prompt", "all"])
+@pytest.mark.parametrize(
+    ("native", "positions"),
+    [
+        *(pytest.param(False, at, marks=helpers.hooked_only) for at in ("answer", "prompt", "all")),
+        (True, "answer"),
+    ],
+)
 def test_what_is_counted_in_one_pass_is_what_generation_under_the_steering_says(native, positions):
     model = planted.random_model(native=native)
     texts, draw = planted.own_texts(model, 6), np.random.default_rng(1)
@@ -69,7 +74,8 @@ def test_what_is_counted_in_one_pass_is_what_generation_under_the_steering_says(
         assert point.matched == pytest.approx(said.matched.mean())
         assert np.log(point.perplexity) == pytest.approx(np.log(said.perplexity).mean(), abs=1e-4)
         assert np.log(point.other_perplexity) == pytest.approx(np.log(other.perplexity).mean(), abs=1e-4)
-    assert 0 < np.mean([point.recited["rate"] for point in curve.points]) < 1
+    if positions != "prompt":  # one position alone may leave all of them as they are
+        assert 0 < np.mean([point.recited["rate"] for point in curve.points]) < 1
     assert not any(module._forward_hooks for module in model.modules())
 
 
