@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 # with one worker, so that what they look at is made once.
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test check lint format demos smollm2 bench clean
+.PHONY: quickstart test fuzz check lint format demos smollm2 bench clean
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.installed  ## Train, find, predict, steer and report into r
 
 test: $(VENV)/.installed  ## All tests; those of the pretrained model only after `make smollm2`.
 	$(PYTEST)
+
+fuzz: $(VENV)/.installed  ## The tests of what public functions may be called with, with 500 examples each.
+	MEMGEN_FUZZ=500 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 check: $(VENV)/.installed  ## Format, lint, types, import directions, tests.
 	$(MAKE) lint
