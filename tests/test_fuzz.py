@@ -153,6 +153,7 @@ def world() -> SimpleNamespace:
         )
 
 
+@cache  # hypothesis looks through a strategy whenever it is made: that takes longer than most calls
 def junk() -> st.SearchStrategy[Any]:
     """Values that some argument may take and most do not."""
     w = world()
@@ -796,6 +797,7 @@ def test_the_call_that_is_changed_is_a_good_one(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_only_results_and_errors_of_ours(name):
     function, good = CALLS[name](world())
+    which = st.lists(st.sampled_from(sorted(good)), min_size=1, max_size=2, unique=True)
 
     @settings(
         max_examples=EXAMPLES // 3 if name in RUNNING else EXAMPLES,
@@ -806,7 +808,7 @@ def test_only_results_and_errors_of_ours(name):
     )
     @given(st.data())
     def try_it(data):
-        names = data.draw(st.lists(st.sampled_from(sorted(good)), min_size=1, max_size=2, unique=True))
+        names = data.draw(which)
         changed = good | {name: data.draw(junk(), label=name) for name in names}
         for left_out in data.draw(st.sampled_from([(), (), (), tuple(names[:1])])):
             del changed[left_out]

@@ -151,7 +151,7 @@ class Contrast:
         copies, n_tokens = len(logits), logits.shape[3]
         if self.metric is not None:
             last = logits[:, 0, :, -1].flatten(0, 1)
-            return _numbers(self.metric(last, asked.items * copies), copies, len(asked.index))
+            return _numbers(_called(self.metric, last, asked.items * copies), copies, len(asked.index))
         if n_tokens == 1:  # both answers behind the same position: what is common to both falls out
             ids = asked.answers[:, None, :, :1].expand(-1, copies, -1, -1)
             memorized, rule = (logits[:, 0, :, 0].gather(-1, each)[..., 0] for each in ids)
@@ -165,6 +165,18 @@ class Contrast:
         """Rows of each prompt, and tokens behind all but the last of it that are run."""
         longest = asked.answers.shape[2]
         return (1, 1) if self.metric is not None or longest == 1 else (2, longest)
+
+
+def _called(metric: Metric, logits: Tensor, items: Sequence[Item]) -> Any:
+    try:
+        return metric(logits, items)
+    except TypeError as error:
+        raise ModelError(
+            "metric(logits, items)",
+            expected="a function of logits, [row, d_vocab], and the rows' items",
+            received=f"{getattr(metric, '__name__', type(metric).__name__)}, which says: {error}",
+            fix="Take both arguments, and reduce over the vocabulary alone.",
+        ) from error
 
 
 def _numbers(values: Any, copies: int, batch: int) -> Values:
