@@ -309,6 +309,8 @@ def test_what_cannot_be_explained_is_refused(known):
     how = {"site": "post", "split": None, **QUICK}
     with pytest.raises(ModelError, match=r"a tensor of one number a row, \[\d+\]; received \[\d+, \d+\]"):
         mg.attribute(model, pairs, method="patching", metric=lambda logits, items: logits, **how)
+    with pytest.raises(ModelError, match=r"the rows' items; received len, which says: len\(\) takes exactly one"):
+        mg.attribute(model, pairs, method="patching", metric=len, **how)
     with pytest.raises(ModelError, match=r"received one without a gradient"):
         mg.attribute(
             model, pairs, method="attribution_patching", metric=lambda logits, items: logits.detach()[:, 0], **how
