@@ -180,7 +180,11 @@ def test_an_unknown_setting_inside_others_is_refused_with_its_path_and_a_near_na
         (AnalysisConfig, {"n_controls": 19}, "expected greater than or equal to 20; received 19"),
         (AnalysisConfig, {"sites": ()}, "AnalysisConfig.sites: expected .*at least 1 item"),
         (AnalysisConfig, {"sites": "post"}, "AnalysisConfig.sites: expected a valid tuple; received 'post'"),
-        (AnalysisConfig, {"positions": ("last",)}, "expected 'answer', 'prompt', 'generated' or 'all'; received 'last'"),
+        (
+            AnalysisConfig,
+            {"positions": ("last",)},
+            "expected 'answer', 'prompt', 'generated' or 'all'; received 'last'",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_saying_what_is_accepted(cls, bad, message):

@@ -93,7 +93,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero_over_all_steps(monkeypatc
         rates.append(optimizer.param_groups[0]["lr"])
         return loss
 
-    monkeypatch.setattr(loop, "_step", spy)
+    monkeypatch.setattr(loop, "take_step", spy)
     run(max_steps=20, warmup_steps=4, learning_rate=0.01, eval_every=20)
     expected = [0.01 * min(1, (step + 1) / 4) * (1 - step / 20) for step in range(20)]
     assert rates == pytest.approx(expected)

@@ -147,12 +147,22 @@ def test_the_report_tells_the_story_in_order(page):
 
 def test_every_figure_is_there_with_a_sentence_that_reads_it(page):
     plots = [attributes.get("id", "") for _, attributes in page.tags]
-    for name in ("training", "behavior", "nmd-resid_post", "nmd-post", "rho", "probe", "learning", "shift"):
+    for name in (
+        "training",
+        "behavior",
+        "nmd-resid_post",
+        "nmd-post",
+        "rho",
+        "top-neurons",
+        "probe",
+        "learning",
+        "shift",
+    ):
         assert f"plot-{name}" in plots
     for name in ("patch", "sweep", "layers"):
         assert f"plot-{name}" in plots
     tags = Counter(tag for tag, _ in page.tags)
-    assert tags["figure"] == tags["figcaption"] == 11
+    assert tags["figure"] == tags["figcaption"] == 12
 
 
 def test_the_verdict_states_the_numbers_with_their_controls(directory):
@@ -190,7 +200,7 @@ def test_examples_show_every_split_and_behaviour_other_outputs_too(page):
 
 
 def test_the_chosen_setting_is_named_and_marked_among_the_best(page):
-    chosen = "Chosen: site resid_post, top 10\xa0%, alpha 2, positions\n“answer”."
+    chosen = "Chosen: site resid_post, top 10\xa0%, alpha 2, positions\n“answer”, neurons ranked by rho."
     assert chosen in page.text
     assert page.cells.count("chosen") == 2  # one shifting, one patching
 

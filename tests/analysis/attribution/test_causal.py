@@ -149,7 +149,7 @@ def test_exact_methods_are_those_of_a_loop(recalled):
 def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalled):
     model, pairs = recalled
     how = {"method": "integrated_gradients", "split": None, **QUICK}
-    found = mg.attribute(model, pairs, "post", n_steps=200, **how).score
+    found = mg.attribute(model, pairs, "post", n_steps=600, **how).score
     coarse = mg.attribute(model, pairs, "post", **how).score
     layers = np.repeat(np.arange(model.cfg.n_layers)[:, None], model.cfg.d_mlp, axis=1)
     whole = mg.attribute(
@@ -157,8 +157,8 @@ def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalle
     ).score
     for layer in range(model.cfg.n_layers):
         assert found[layer].sum() == pytest.approx(whole[layer, 0], rel=1e-3)
-        # Each relu that goes on or off on the way is a kink, which 20 points meet less well than 200.
-        assert coarse[layer].sum() == pytest.approx(whole[layer, 0], rel=1e-2)
+        # Each relu that goes on or off on the way is a kink, which 20 points meet less well than 600.
+        assert coarse[layer].sum() == pytest.approx(whole[layer, 0], rel=3e-2)
 
 
 @pytest.mark.parametrize("method", GRADIENTS)
