@@ -265,7 +265,8 @@ def test_a_fitted_guard_knows_select_and_tune_and_not_test(learned, fitted):
 
 def test_a_layer_above_what_is_steered_is_not_taken(learned):
     scores = mg.attribute(learned.acts, "post")
-    steer = mg.Steering.from_scores(scores, 0.2, layers=[0])
+    steer = mg.Steering.from_scores(scores, 0.2, per_layer=True, layers=[0])
+    assert steer.selected[0].any()
     guard = mg.Guard.fit(learned.model, None, learned.acts, steer)
     assert guard.probe.layer == 0 and guard.probe.site in ("post", "z")
     with pytest.raises(SiteError, match=r"resid_post, layer 1, where blocks.0.mlp.hook_post is steered"):
