@@ -171,7 +171,7 @@ def test_layers_restrict_a_row_to_where_the_planted_neuron_is_or_is_not(known):
     )
     assert [row.layers for row in rows] == [(0,), (1,), (0, 1), None, ()]
     assert [row.to_generalization for row in rows] == [0, 1, 1, 1, 0]
-    assert rows[2] == replace(rows[3], layers=(0, 1))
+    assert rows[2] == replace(rows[3], layers=(0, 1), share=0.2), "all of the neurons are in these layers"
     patches = mg.sweep_steering(
         known.model,
         None,
