@@ -69,6 +69,7 @@ def test_a_run_directory_holds_what_the_design_names(finished):
         "scores",
         "probes.json",
         "steering.json",
+        "steering_cost.json",
         "guard.json",
         "mode_and_content.json",
         "consistency.json",
@@ -115,7 +116,7 @@ def test_metrics_have_the_names_and_ranges_of_the_design(finished):
     for name in ("input_only_auroc", "shuffled_auroc"):
         assert_is_rate(probe[name])
     steering = metrics["steering"]
-    assert set(steering["chosen"]) == {"site", "top_fraction", "alpha", "positions"}
+    assert set(steering["chosen"]) == {"site", "top_fraction", "alpha", "positions", "method"}
     for way, rates in (
         ("to_generalization", ["shift_rate", "other_rate"]),
         ("to_memorization", ["exact_recall_rate", "memorized_form_rate", "other_rate"]),

@@ -172,18 +172,18 @@ def _side_effects(table: SteeringTable) -> str:
     before, after = effects.heldout_generalization, effects.heldout_generalization_steered
     if before is None or after is None:
         return f"Side effects were not measured: {effects.why.rstrip('.')}." if effects.why else ""
-    kl = "" if effects.kl_nats is None else f" (KL divergence {effects.kl_nats:.3f} nats)"
     opposite = effects.heldout_generalization_steered_to_memorization
     other = "" if opposite is None else f", the opposite shift to {percent(opposite)}"
-    change = f"from {percent(before)} to {percent(after)}{kl}{other}"
+    notes = [] if effects.kl_nats is None else [f"KL divergence {effects.kl_nats:.3f} nats"]
     lost = effects.lost.get("generalization")
-    if lost is None:
-        return f"On held-out prompts the same shift takes generalization {change}."
-    gained = lost["loss"] < 0
-    low, high = sorted(-end if gained else end for end in lost["ci95"])
-    ends = interval((low, high)).replace("-", "\N{MINUS SIGN}")
-    loss = f"{percent(abs(lost['loss']))} {'gained' if gained else 'lost'} {ends}"
-    return f"On held-out prompts the same shift takes generalization {change}: {loss}."
+    if lost is not None:
+        gained = lost["loss"] < 0
+        low, high = sorted(-end if gained else end for end in lost["ci95"])
+        ends = interval((low, high)).replace("-", "\N{MINUS SIGN}")
+        notes.insert(0, f"{percent(abs(lost['loss']))} {'gained' if gained else 'lost'} {ends}")
+    beside = f" ({'; '.join(notes)})" if notes else ""
+    change = f"from {percent(before)} to {percent(after)}{beside}{other}"
+    return f"On held-out prompts the same shift takes generalization {change}."
 
 
 def key_figures(run: RunContents) -> list[KeyFigure]:
