@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 # Two workers, whose threads sleep where they have nothing to do: else they take each other's cores. A file's tests stay
 # with one worker, so that what they look at is made once.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test fuzz check lint format demos smollm2 bench clean
 
