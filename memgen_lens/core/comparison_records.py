@@ -9,7 +9,7 @@ from typing import Any
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import record_read, with_nulls, write_record
 
 FILE = "compare.json"
 
@@ -147,9 +147,7 @@ class Comparison:
         Raises:
             RunDirectoryError: It cannot be written, or a ``compare.json`` is there that is not ours.
         """
-        path = Path(directory) / FILE
-        write_json(path, with_nulls(self))
-        return path
+        return write_record(Path(directory) / FILE, self)
 
     @classmethod
     @arguments("Comparison.load", path=kinds.place("Comparison.load"))
@@ -159,10 +157,7 @@ class Comparison:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        value = read_json(path)
-        try:
+        with record_read(path, FILE) as value:
             return cls(
                 figures=tuple(value["figures"]),
                 settings={name: tuple(values) for name, values in value["settings"].items()},
@@ -171,8 +166,6 @@ class Comparison:
                 effects=tuple(Effect(**_with_seeds(entry)) for entry in value["effects"]),
                 left_out=dict(value["left_out"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 def _group(value: dict[str, Any]) -> Group:

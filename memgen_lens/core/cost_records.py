@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import record_read, write_record
 from memgen_lens.core.steering_records import SteeringSetting
 
 FILE = "steering_cost.json"
@@ -102,10 +102,7 @@ class SteeringCost:
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, with_nulls(self))
-        return path
+        return write_record(Path(directory) / FILE, self)
 
     @classmethod
     @arguments(path=kinds.place("SteeringCost.load"))
@@ -115,10 +112,7 @@ class SteeringCost:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        value = read_json(path)
-        try:
+        with record_read(path, FILE) as value:
             changed = {
                 "setting": SteeringSetting(**value["setting"]),
                 "alphas": tuple(value["alphas"]),
@@ -128,8 +122,6 @@ class SteeringCost:
                 },
             }
             return cls(**(value | changed))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 def _curve(value: dict[str, Any]) -> CostCurve:

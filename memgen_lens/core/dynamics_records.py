@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.errors import RunDirectoryError, SettingsError
-from memgen_lens.core.files import counts_rows, damaged, read_json, with_nulls, write_json
+from memgen_lens.core.errors import SettingsError
+from memgen_lens.core.files import counts_rows, record_read, write_record
 from memgen_lens.core.records import ProbeScores
 from memgen_lens.core.steering_records import SteeringSetting
 
@@ -171,9 +171,7 @@ class Dynamics:
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = Path(directory) / FILE
-        write_json(path, with_nulls(self))
-        return path
+        return write_record(Path(directory) / FILE, self)
 
     @classmethod
     @arguments(path=kinds.place("Dynamics.load"))
@@ -186,15 +184,10 @@ class Dynamics:
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        value = read_json(path)
-        try:
+        with record_read(path) as value:
             if any("n_items" not in series for series in value["behavior"].values()):
                 raise counts_rows(path, "intervals")
             return cls._from_json(value)
-        except RunDirectoryError:
-            raise
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
     @classmethod
     def _from_json(cls, value: dict[str, Any]) -> "Dynamics":

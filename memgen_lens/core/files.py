@@ -6,7 +6,8 @@ Does not know what is in the files.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,30 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise damaged(path, f"not JSON at line {error.lineno}") from None
+
+
+def write_record(path: Path, record: Any) -> Path:
+    """Write a record as JSON in which what could not be computed is null, and return the path."""
+    write_json(path, with_nulls(record))
+    return path
+
+
+@contextmanager
+def record_read(path: str | Path, name: str | None = None) -> Iterator[Any]:
+    """What a record was written as: the file, or the directory that holds it under ``name``.
+
+    Raises:
+        RunDirectoryError: The file is missing; or what is made of its content inside the ``with`` block cannot be made.
+    """
+    path = Path(path)
+    path = path / name if name is not None and path.is_dir() else path
+    value = read_json(path)
+    try:
+        yield value
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RunDirectoryError):
+            raise
+        raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import record_read, write_record
 
 FILE = "methods.json"
 Kind = Literal["planted", "distributed", "ordinary"]
@@ -167,10 +167,7 @@ class MethodsBenchmark:
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, with_nulls(self))
-        return path
+        return write_record(Path(directory) / FILE, self)
 
     @classmethod
     @arguments(path=kinds.place("MethodsBenchmark.load"))
@@ -180,13 +177,8 @@ class MethodsBenchmark:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        value = read_json(path)
-        try:
+        with record_read(path, FILE) as value:
             return cls(tuple(_model(model) for model in value["models"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 def _model(value: dict[str, Any]) -> ModelResult:

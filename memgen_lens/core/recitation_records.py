@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.errors import SettingsError
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import record_read, write_record
 from memgen_lens.core.stats import Rate, wilson
 from memgen_lens.core.steering_records import SteeringSetting
 
@@ -104,7 +104,7 @@ class Recitation:
         Raises:
             RunDirectoryError: It cannot be written.
         """
-        return _written(path, self)
+        return write_record(Path(path), self)
 
     @classmethod
     @arguments("Recitation.load", path=kinds.place("Recitation.load"))
@@ -114,14 +114,11 @@ class Recitation:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        value = read_json(Path(path))
-        try:
+        with record_read(path) as value:
             arrays = {name: np.array(value[name], dtype=np.int64) for name in ("item", "matched", "run")}
             arrays |= {name: np.array(value[name], dtype=float) for name in ("share", "similarity", "perplexity")}
             texts = {name: tuple(value[name]) for name in ("group", "prefixes", "suffixes", "continuations")}
             return cls(**(value | arrays | texts))
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(Path(path), f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 @dataclass(frozen=True)
@@ -210,7 +207,7 @@ class RecitationCurve:
         Raises:
             RunDirectoryError: It cannot be written.
         """
-        return _written(path, self)
+        return write_record(Path(path), self)
 
     @classmethod
     @arguments("RecitationCurve.load", path=kinds.place("RecitationCurve.load"))
@@ -220,12 +217,9 @@ class RecitationCurve:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        value = read_json(Path(path))
-        try:
+        with record_read(path) as value:
             points = {"unsteered": _point(value["unsteered"]), "points": tuple(map(_point, value["points"]))}
             return cls(**(value | points))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(Path(path), f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 def _left_and_cost(point: RecitationPoint) -> tuple[float, float, float]:
@@ -240,10 +234,3 @@ def _point(value: dict[str, Any]) -> RecitationPoint:
     changed["setting"] = None if value["setting"] is None else SteeringSetting(**value["setting"])
     changed["layers"] = tuple(value["layers"])
     return RecitationPoint(**(value | changed))
-
-
-def _written(path: str | Path, record: Any) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, with_nulls(record))
-    return path

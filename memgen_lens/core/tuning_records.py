@@ -11,7 +11,7 @@ from pydantic import Field
 
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
-from memgen_lens.core.files import damaged, read_json, with_nulls, write_json
+from memgen_lens.core.files import record_read, write_record
 from memgen_lens.core.settings import Settings
 from memgen_lens.core.steering_records import SteeringTable, SweepRow
 from memgen_lens.core.types import Direction
@@ -124,11 +124,8 @@ class TunedSteering:
         Raises:
             RunDirectoryError: The file cannot be written.
         """
-        path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         objective = {"objective": self.objective.model_dump()}
-        write_json(path, with_nulls({name: getattr(self, name) for name in SAVED} | objective))
-        return path
+        return write_record(Path(directory) / FILE, {name: getattr(self, name) for name in SAVED} | objective)
 
     @classmethod
     @arguments(path=kinds.place("TunedSteering.load"))
@@ -138,10 +135,7 @@ class TunedSteering:
         Raises:
             RunDirectoryError: The file is missing or damaged.
         """
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        value = read_json(path)
-        try:
+        with record_read(path, FILE) as value:
             changed: dict[str, Any] = {
                 "rows": tuple(map(SweepRow.from_json, value["rows"])),
                 "chosen": SweepRow.from_json(value["chosen"]),
@@ -149,8 +143,6 @@ class TunedSteering:
                 "table": SteeringTable.from_json(value["table"]),
             }
             return cls(**(value | changed))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"content that is not its own ({type(error).__name__}: {error})") from None
 
 
 SAVED = tuple(name for name in TunedSteering.__dataclass_fields__ if name != "steering")
