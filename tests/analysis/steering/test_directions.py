@@ -34,17 +34,18 @@ def autoencoder(*, metadata=None, weights=None, **settings):
 
 def written(model, steer, toward, text="abM="):
     """What a steering adds at the last position of the residual stream behind each block."""
-    seen = {}
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(planted.N_LAYERS)]
 
-    def looks(into):
-        return [(name, lambda h, hook: into.update({hook.name: h[0, -1].detach()})) for name in names]
+    def looked(into):  # by the name that was asked for: a Bridge's hook point knows its own
+        def at(name):
+            return name, lambda h, hook: into.update({name: h[0, -1].detach()})
 
-    plain = {}
-    model.run_with_hooks(text, fwd_hooks=looks(plain))
+        return [at(f"blocks.{layer}.hook_resid_post") for layer in range(planted.N_LAYERS)]
+
+    plain, seen = {}, {}
+    model.run_with_hooks(text, fwd_hooks=looked(plain))
     with steer.applied(model, toward=toward):
-        model.run_with_hooks(text, fwd_hooks=looks(seen))
-    return torch.stack([seen[name] - plain[name] for name in names])
+        model.run_with_hooks(text, fwd_hooks=looked(seen))
+    return torch.stack([seen[name] - plain[name] for name in plain])
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list])
