@@ -104,7 +104,8 @@ def matmul_rates(threads: int) -> dict[str, float]:
     for name in ("float32", "bfloat16"):
         a, b = (torch.randn(4096, 1024, dtype=getattr(torch, name)) for _ in range(2))
         products = [lambda a=a, b=b: a @ b.T]
-        if torch.backends.mkldnn.is_available():
+        native = name == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if torch.backends.mkldnn.is_available() and native:
             products.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
         taken = []
         for product in products:
