@@ -127,7 +127,7 @@ def evaluate() -> Run:
 
 def sweep() -> Run:
     """`sweep_steering` of 100 settings; the answer is all that was said, ``[direction, setting, prompt]``."""
-    from memgen_lens.analysis.steering import sweep as module
+    from memgen_lens.analysis.steering import judged as module
 
     model = lens_model()
     pairs, score = _flipping(model, 50)
