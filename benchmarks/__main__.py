@@ -45,7 +45,9 @@ def main() -> None:
     """Measure the chosen parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", choices=[*ROWS, *OTHERS, *BY_NAME, []],
+        "parts",
+        nargs="*",
+        choices=[*ROWS, *OTHERS, *BY_NAME, []],
         help="default: all but scaling (some twelve minutes with one thread; writes scaling.json), which stands alone",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")

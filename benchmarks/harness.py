@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+RESULTS_OF_SCALING = Path(__file__).parent / "scaling.json"
 TURN_SECONDS = 0.7
 """Work that takes less is repeated until a turn takes about as long."""
 
@@ -62,9 +63,7 @@ def turns_of(row: Row, *, threads: int, context: Any = None) -> dict[str, list[d
     try:
         for name in row.contenders:
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, row, name, row.threads or threads), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, row, name, row.threads or threads), daemon=True)
             process.start()
             workers[name] = (process, ours)
             _reply(ours, name)
@@ -184,13 +183,13 @@ def _serve(pipe: Any, row: Row, name: str, threads: int) -> None:
             before = _reset_peak()
             if len(row.contenders) > 1:
                 run()  # not counted: the other contenders have had the caches
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 answer = run()
-            seconds = (time.perf_counter() - started) / repeats
+            seconds, processor = (time.perf_counter() - started) / repeats, (time.process_time() - processor) / repeats
             peak = _memory("VmHWM")
             memory = {"peak_mb": peak, "grown_mb": peak - before, "held_mb": peak - at_start}
-            pipe.send({"seconds": seconds, "answer": answer} | memory)
+            pipe.send({"seconds": seconds, "processor_seconds": processor, "answer": answer} | memory)
     except EOFError:
         return
     except BaseException:

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from benchmarks import training
+from benchmarks.harness import Run
+
 # Taken by name here, so that importing this module loads all of them: what a process holds before its work begins.
 from memgen_lens import (
     ModelConfig,
@@ -27,9 +30,6 @@ from memgen_lens import (
 from memgen_lens.models import build_model
 from memgen_lens.models.step import forward
 from memgen_lens.models.tokens import tokenized
-
-from benchmarks import training
-from benchmarks.harness import Run
 
 FRACTIONS, ALPHAS = (0.05, 0.1, 0.2, 0.4), (0.5, 1.0, 2.0, 4.0)
 N_PERMUTATIONS, N_NEW = 1000, 2
@@ -178,7 +178,9 @@ def _pairs(n: int) -> PromptPairs:
 
 def _texts(n: int, seed: int) -> list[str]:
     """Texts of 60 short words."""
-    words = np.array("the a of and to in is was it for on with as by at from his her they we say small river".split())
+    words = np.array(
+        ["the", "of", "and", "to", "in", "is", "was", "for", "on", "with", "from", "they", "small", "river"]
+    )
     rows = words[np.random.default_rng(seed).integers(len(words), size=(n, 58))]
     return [f"{' '.join(row)} {seed} {i}" for i, row in enumerate(rows)]
 
