@@ -108,8 +108,9 @@ def one_token(n_layers: int) -> Run:
     """A forward pass of one token by a Bridge so narrow that what is left is the pass itself, layer by layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": n_layers}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), max_position_embeddings=64, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": n_layers, "vocab_size": len(TOKENIZER), "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
     bridge = load_model(model.eval(), tokenizer=TOKENIZER)
     tokens = torch.ones(1, 1, dtype=torch.long)
 
