@@ -9,7 +9,21 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks import attribution, causal, many, null, pretrained, probes, startup, steering, training, tuning, waiting
+from benchmarks import (
+    attribution,
+    causal,
+    many,
+    null,
+    paper,
+    pretrained,
+    probes,
+    scaling,
+    startup,
+    steering,
+    training,
+    tuning,
+    waiting,
+)
 from benchmarks.harness import compare, matmul_rates, table, write_results
 from memgen_lens.core.run_directory import processor
 
@@ -23,16 +37,30 @@ ROWS = {
     "tuning": tuning.rows,
 }
 OTHERS = ("waiting", "startup", "null", "many")
+BY_NAME = ("scaling",)
+"""Some twelve minutes, and a file of its own: run only where it is asked for."""
 
 
 def main() -> None:
     """Measure the chosen parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*ROWS, *OTHERS, []], help="default: all")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        choices=[*ROWS, *OTHERS, *BY_NAME, []],
+        help="default: all but scaling (some twelve minutes with one thread; writes scaling.json), which stands alone",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     chosen = parser.parse_args()
     parts = chosen.parts or [*ROWS, *OTHERS]
+    if "scaling" in parts:
+        if len(parts) > 1:
+            parser.error("scaling is measured by itself: no other part beside it")
+        found = scaling.measure()
+        print(scaling.written(found))
+        print(scaling.tables(found), paper.report(found), sep="\n\n")
+        return
     if parts == ["null"]:  # no timing: nothing of the machine matters
         print(null.measure())
         return

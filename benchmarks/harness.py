@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+RESULTS_OF_SCALING = Path(__file__).parent / "scaling.json"
 TURN_SECONDS = 0.7
 """Work that takes less is repeated until a turn takes about as long."""
 
@@ -35,6 +36,7 @@ class Row:
         flops: Floating-point operations of the work's matrix products, for the floor.
         precision: Precision of these, ``"float32"`` or ``"bfloat16"``.
         threads: Threads of every contender; None = as asked for on the command line.
+        turn_seconds: Work that takes less is repeated until a turn takes about as long.
     """
 
     name: str
@@ -45,18 +47,23 @@ class Row:
     flops: float | None = None
     precision: str = "float32"
     threads: int | None = None
+    turn_seconds: float = TURN_SECONDS
 
 
-def compare(row: Row, *, threads: int, rates: Mapping[str, float]) -> dict[str, Any]:
-    """Measure one row: seconds, peak memory and ratios to ours, a turn each, round after round."""
-    context = multiprocessing.get_context("spawn")
+def turns_of(row: Row, *, threads: int, context: Any = None) -> dict[str, list[dict[str, Any]]]:
+    """What each contender says of each of its turns, a turn each, round after round.
+
+    Args:
+        row: What to measure.
+        threads: Threads of a contender, unless the row says so itself.
+        context: How processes begin (`multiprocessing.get_context`); default: each from nothing.
+    """
+    context = context or multiprocessing.get_context("spawn")
     workers = {}
     try:
-        for name, make in row.contenders.items():
+        for name in row.contenders:
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, make, dict(row.arguments), row.threads or threads), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, row, name, row.threads or threads), daemon=True)
             process.start()
             workers[name] = (process, ours)
             _reply(ours, name)
@@ -70,6 +77,12 @@ def compare(row: Row, *, threads: int, rates: Mapping[str, float]) -> dict[str, 
             pipe.close()
             process.join(5)
             process.kill()
+    return turns
+
+
+def compare(row: Row, *, threads: int, rates: Mapping[str, float]) -> dict[str, Any]:
+    """Measure one row: seconds, peak memory and ratios to ours."""
+    turns = turns_of(row, threads=threads)
     first = next(iter(turns))
     seconds = {name: [turn["seconds"] for turn in taken] for name, taken in turns.items()}
     ratios = {
@@ -151,7 +164,7 @@ def _seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _serve(pipe: Any, make: Callable[..., Run], arguments: dict[str, Any], threads: int) -> None:
+def _serve(pipe: Any, row: Row, name: str, threads: int) -> None:
     """One contender's process: prepare, run once to warm up, then once for each request."""
     import warnings
 
@@ -160,25 +173,34 @@ def _serve(pipe: Any, make: Callable[..., Run], arguments: dict[str, Any], threa
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     try:
-        run = make(**arguments)
-        answer = run()
-        started = time.perf_counter()
-        run()
-        repeats = max(1, round(TURN_SECONDS / (time.perf_counter() - started)))
+        at_start = _memory("VmRSS")
+        run = row.contenders[name](**row.arguments)
+        answer, taken = _timed(run)
+        if taken < 4 * row.turn_seconds:  # else it runs once a turn, whatever a second look says
+            _, taken = _timed(run)
+        repeats = max(1, round(row.turn_seconds / taken))
         pipe.send({"ready": True})
         while pipe.recv() == "run":
             before = _reset_peak()
-            run()  # not counted: the other contenders have had the caches
-            started = time.perf_counter()
+            if len(row.contenders) > 1:
+                run()  # not counted: the other contenders have had the caches
+            started, processor = time.perf_counter(), time.process_time()
             for _ in range(repeats):
                 answer = run()
-            seconds = (time.perf_counter() - started) / repeats
+            seconds, processor = (time.perf_counter() - started) / repeats, (time.process_time() - processor) / repeats
             peak = _memory("VmHWM")
-            pipe.send({"seconds": seconds, "peak_mb": peak, "grown_mb": peak - before, "answer": answer})
+            memory = {"peak_mb": peak, "grown_mb": peak - before, "held_mb": peak - at_start}
+            pipe.send({"seconds": seconds, "processor_seconds": processor, "answer": answer} | memory)
     except EOFError:
         return
     except BaseException:
         pipe.send({"error": traceback.format_exc()})
+
+
+def _timed(run: Run) -> tuple[Any, float]:
+    started = time.perf_counter()
+    answer = run()
+    return answer, time.perf_counter() - started
 
 
 def _reply(pipe: Any, name: str) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def hugging_face_bf16(**size: Any) -> Run:
     return _hugging_face(bf16=True, **size)
 
 
-def _ours(*, bf16: bool, n_layers: int, width: int, batch: int, loss: str) -> Run:
-    model = _hooked(n_layers, width)
+def _ours(*, bf16: bool, n_layers: int, width: int, batch: int, loss: str, d_mlp: int | None = None) -> Run:
+    model = _hooked(n_layers, width, d_mlp)
     inputs, labels = _data(batch, loss)
     groups = [
         Rows(
@@ -103,8 +103,9 @@ def _hugging_face(*, bf16: bool, n_layers: int, width: int, batch: int, loss: st
     return _step(model, _cross_entropy(lambda tokens: model(tokens).logits, bf16, batch, loss))
 
 
-def _hooked(n_layers: int, width: int) -> Any:
-    config = mg.ModelConfig(n_layers=n_layers, d_model=width, n_heads=4, d_mlp=4 * width, act_fn="gelu_new")
+def _hooked(n_layers: int, width: int, d_mlp: int | None = None) -> Any:
+    neurons = d_mlp or 4 * width
+    config = mg.ModelConfig(n_layers=n_layers, d_model=width, n_heads=4, d_mlp=neurons, act_fn="gelu_new")
     return build_model(config, mg.tasks.Addition().tokenizer, n_ctx=24, seed=0)
 
 
