@@ -15,11 +15,14 @@ from memgen_lens.core.types import LensModel
 from memgen_lens.fast.products import fast_products
 from memgen_lens.fast.support import is_hooked_transformer, require_room
 from memgen_lens.models.cache import Past
+from memgen_lens.models.tokens import input_device
 
 LOGITS_AT_ONCE = 1 << 27
-"""Logits of one forward pass (512 MiB of float32)."""
+"""Logits of one forward pass at least (512 MiB of float32)."""
 CACHE_AT_ONCE = 1 << 26
-"""Numbers that the keys and values of one batch may hold (256 MiB of float32)."""
+"""Numbers that the keys and values of one batch may hold at least (256 MiB of float32)."""
+SHARE = 4
+"""On a CUDA device either may take one part in so many of the memory that is free."""
 
 
 def rows_at_once(model: LensModel, length: int, *, cached: bool = True, n: int = 1) -> int:
@@ -36,7 +39,19 @@ def rows_at_once(model: LensModel, length: int, *, cached: bool = True, n: int =
     logits = vocabulary * (n if _keeps_last_logits(model) else length)
     heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     past = 2 * cfg.n_layers * heads * cfg.d_head * length if cached else 1
-    return max(1, min(LOGITS_AT_ONCE // logits, CACHE_AT_ONCE // max(past, 1)))
+    room = numbers_at_once(input_device(model))
+    return max(1, min(max(LOGITS_AT_ONCE, room) // logits, max(CACHE_AT_ONCE, room) // max(past, 1)))
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """Numbers of four bytes that a share of a CUDA device's free memory holds; 0 elsewhere, where speed is the bound.
+
+    A power of two, so that what is free may change a little and batches, and so rounding, stay as they are.
+    """
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return 1 << max(0, (free // (4 * SHARE)).bit_length() - 1)
 
 
 def forward(
