@@ -4,9 +4,10 @@ A process that was not started so is alone: it starts no group, and whatever is 
 module were not there. Does not know models, training nor analysis; torch and accelerate are loaded by the first of
 several processes that asks.
 
-The group is accelerate's (`accelerate.PartialState`): gloo on processors, nccl on CUDA cards, one card a process. A
-second group, of gloo, carries what is told and waited for, without a limit on how long the first process may work for
-itself; a process that dies closes its connections, which the others see at once.
+The group is accelerate's (`accelerate.PartialState`): gloo on processors, nccl on CUDA cards, one card a process; it
+waits half an hour (nccl: ten minutes) for a machine that is no longer there. A second group, of gloo, carries what is
+told, and waits as long as the first process works for itself. A process that dies closes its connections, which the
+others see at once.
 """
 
 import atexit
@@ -239,8 +240,9 @@ def sum_up(call: str, tensor: Any) -> None:
     if world(call).is_alone:
         return
     with _answered(call):
-        group = None if tensor.is_cuda else _Group.told_by
-        _distributed().all_reduce(tensor, group=group)
+        distributed = _distributed()
+        fits = tensor.is_cuda or distributed.get_backend() == "gloo"
+        distributed.all_reduce(tensor, group=None if fits else _Group.told_by)
 
 
 def _attempted(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -271,11 +273,11 @@ def _answered(call: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).splitlines()[0].strip()
+        said = str(error).splitlines()[0].rpartition("] ")[2].partition(". This is")[0]  # gloo's, without file and line
         _Group.lost = ProcessError(
             call,
             expected=f"an answer of all {_Group.world.count if _Group.world else 'the'} processes of the run",
-            received=f"none of one that has died or ended ({said[:200]})",
+            received=f"none of one that has died or ended ({said[:120]})",
             fix="What was written is kept: start all of them again, and training goes on from its newest checkpoint "
             "with resume=True (--resume).",
         )

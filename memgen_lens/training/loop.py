@@ -97,7 +97,7 @@ def learn(
     if state["stop_reason"] is not None:
         return history, state["stop_reason"]
 
-    losses = [torch.tensor(state["loss_sum"], dtype=torch.float64)] if state["loss_steps"] else []
+    losses = [torch.tensor(state["loss_sum"], dtype=torch.float64, device=config.device)] if state["loss_steps"] else []
     loss_steps, stop_reason = state["loss_steps"], None
     started = time.perf_counter() - state["seconds"]
     shown = progress and world.is_first

@@ -76,8 +76,8 @@ def summed(call: str, parameters: Sequence[torch.nn.Parameter], loss: Float[Tens
 
     A parameter that no process has a gradient for keeps none: the optimizer leaves it alone.
     """
-    there = [float(parameter.grad is not None) for parameter in parameters]
-    known = torch.cat([loss.float().reshape(1), torch.tensor(there, device=loss.device)])
+    # Through gloo, whatever sums up the gradients: a process that has died is known of before nccl would wait for it.
+    known = torch.tensor([float(loss), *(float(parameter.grad is not None) for parameter in parameters)])
     processes.sum_up(call, known)
     taught = [parameter for parameter, n in zip(parameters, known[1:].tolist(), strict=True) if n]
     for bucket in _buckets(taught):
@@ -86,7 +86,7 @@ def summed(call: str, parameters: Sequence[torch.nn.Parameter], loss: Float[Tens
         parts = flat.split([parameter.numel() for parameter in bucket])
         for parameter, part in zip(bucket, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
-    return known[0]
+    return known[0].to(loss.device)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
