@@ -111,10 +111,7 @@ def learn(
             if step % config.eval_every == 0 or step == config.max_steps:
                 loss = _total(losses) / loss_steps
                 require_finite(call, loss, step, config)
-                row = processes.by_first(
-                    call,
-                    lambda: _measured(learner, directory, (step, tokens, loss), started),  # noqa: B023
-                )
+                row = processes.by_first(call, partial(_measured, learner, directory, (step, tokens, loss), started))
                 history.append(row)
                 losses, loss_steps = [], 0
                 bar.set_postfix(
@@ -133,7 +130,7 @@ def learn(
                 }
                 require_finite(call, kept["loss_sum"], step, config)
                 where, weights = directory / "checkpoints", learner.weights()
-                processes.by_first(call, partial(_keep, where, step, weights, optimizer, kept))
+                processes.by_first(call, partial(save_checkpoint, where, step, weights, optimizer, kept))
             if stop_reason:
                 break
     assert stop_reason is not None, "the last step is always measured"
@@ -239,14 +236,11 @@ def _history_up_to(directory: Path | None, step: int) -> list[Evaluation]:
 
 
 def _measured(learner: Learner, directory: Path | None, so_far: tuple[int, int, float], started: float) -> Evaluation:
+    """Measure both behaviours, and add what was found to the run's history."""
     row = Evaluation(*so_far, *learner.measure(), seconds=round(time.perf_counter() - started, 3))
     if directory is not None:
         append_history(directory, row)
     return row
-
-
-def _keep(*checkpoint: Any) -> None:
-    save_checkpoint(*checkpoint)
 
 
 def _require_one_step(call: str, step: int, directory: Path | None) -> None:

@@ -100,9 +100,12 @@ def attribute_streaming(
     if not world.is_alone:
         how = (list(sites), split, n_permutations, n_resamples, seed, batch_size)
         processes.require_same(call, (Fingerprint.of(model), _digest(scored, places), *how))
-    moments: dict[str, PairMoments] = {}
-    drawn: dict[str, Bootstrap] = {}
+    found: dict[str, tuple[PairMoments, Bootstrap]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def begun() -> tuple[PairMoments, Bootstrap]:
+        moments = PairMoments(n_permutations=n_permutations, seed=seed, is_part=not world.is_alone)
+        return moments, Bootstrap(n_resamples, n_items, seed=seed, method="pearson")
 
     def run() -> None:
         how = {"batch_size": batch_size, "progress": progress, "call": call, "world": world}
@@ -112,28 +115,18 @@ def attribute_streaming(
                 if site == EMBEDDING:
                     continue
                 shapes[site] = mem.shape[1:]
-                if site not in moments:
-                    is_part = not world.is_alone
-                    moments[site] = PairMoments(n_permutations=n_permutations, seed=seed, is_part=is_part)
-                    drawn[site] = Bootstrap(n_resamples, n_items, seed=seed, method="pearson")
-                moments[site].add(mem, gen, items)
-                drawn[site].add(mem, gen, items)
+                if site not in found:
+                    found[site] = begun()
+                for running in found[site]:
+                    running.add(mem, gen, items)
 
     processes.together(call, run)
     if not world.is_alone:
-        shapes = next(found for found in processes.gathered(call, shapes) if found)
-        for site, shape in shapes.items():
-            mine = moments.get(site, PairMoments(n_permutations=n_permutations, seed=seed, is_part=True))
-            moments[site] = merged_moments(call, mine, prod(shape))
-            if site not in drawn:
-                drawn[site] = Bootstrap(n_resamples, n_items, seed=seed, method="pearson")
-            drawn[site].merge(call, prod(shape))
-        moments = {site: moments[site] for site in shapes}
+        shapes = next(known for known in processes.gathered(call, shapes) if known)
+        found = {site: _merged(call, *(found.get(site) or begun()), prod(shape)) for site, shape in shapes.items()}
     return {
-        site: replace(
-            scores_of(site, running, shapes[site], n_items), ci95=drawn[site].ci95(running.constant, shapes[site])
-        )
-        for site, running in moments.items()
+        site: replace(scores_of(site, moments, shapes[site], n_items), ci95=drawn.ci95(moments.constant, shapes[site]))
+        for site, (moments, drawn) in found.items()
     }
 
 
@@ -175,6 +168,12 @@ def _digest(pairs: PromptPairs, places: Int[np.ndarray, " pair"]) -> str:
     for item in (*pairs.memorized, *pairs.generalized):
         digest.update(f"{len(item.prompt)} {item.prompt}".encode())
     return f"{digest.hexdigest()} {pairs.prepend_bos}"
+
+
+def _merged(call: str, moments: PairMoments, drawn: Bootstrap, width: int) -> tuple[PairMoments, Bootstrap]:
+    """What all processes have found at one site, in each of them."""
+    drawn.merge(call, width)
+    return merged_moments(call, moments, width), drawn
 
 
 def _text(item: Item) -> str:
