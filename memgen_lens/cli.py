@@ -17,6 +17,7 @@ import tyro
 
 from memgen_lens.core.errors import MemgenError, SettingsError, suggest
 from memgen_lens.presets import PRESETS, ExperimentConfig
+from memgen_lens.processes import world
 
 T = TypeVar("T")
 
@@ -183,6 +184,8 @@ def _run_preset(preset: str, arguments: list[str]) -> None:
     finished = run_experiment(
         parsed.settings.but(train=train), out=parsed.out, resume=parsed.resume, force=parsed.force, say=_say
     )
+    if not world("memgen-lens run").is_first:
+        return
     for line in finished.summary():
         print(line)  # noqa: T201
     print(f"report: {finished.report}")  # noqa: T201

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from memgen_lens import processes
 from memgen_lens.analysis import collect_pairs, record
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
@@ -130,24 +131,31 @@ def run_experiment(
 ) -> Experiment:
     """Train a model until it recalls and computes, find the neurons, predict, steer, and write a report.
 
+    Started as several processes by ``accelerate launch`` or torchrun, all of them train (see `train`); then the first
+    alone analyses and writes, while the others wait for what it returns.
+
     Args:
         config: Settings, e.g. ``mg.presets["quickstart"]``; ``config.seed`` seeds everything.
         out: Run directory; see the README for what it holds.
         resume: Go on with a run that was cut: training from its newest checkpoint, analysis anew.
         force: Remove a run that ``out`` holds already, and no file that this package did not write.
         progress: Show a progress bar while training.
-        say: Called with a line at the beginning of each stage.
+        say: Called with a line at the beginning of each stage, in the first process alone.
 
     Raises:
         RunDirectoryError: ``out`` holds a run already, or somebody else's file where one of the run's would be, is
             being written by another process, or cannot be written.
         MemgenError: A setting is at odds with another.
+        ProcessError: Another process of the run has died.
     """
     started = time.perf_counter()
     config = config.seeded()
+    world = processes.world("run_experiment", config.train.device)
     base = _base(config)
     sites = [*config.analysis.sites, config.analysis.probe_site]
-    with prepared(out, sites=sites, resume=resume, force=force) as directory:
+    say, progress = (say, progress) if world.is_first else (lambda line: None, False)
+    held = prepared(out, sites=sites, resume=resume, force=force)
+    with processes.held_by_first("run_experiment", held) as directory:
         return _run(config, base, directory, started, resume=resume, force=force, progress=progress, say=say)
 
 
@@ -162,13 +170,32 @@ def _run(
     progress: bool,
     say: Callable[[str], None],
 ) -> Experiment:
-    """All stages, in a directory that is this run's alone."""
+    """Training by all processes, then the analysis by the first, in a directory that is this run's alone."""
     say(f"training {config.preset}: {config.about}" if config.about else f"training {config.preset}")
     how = {"out": directory, "resume": resume, "force": force, "progress": progress}
     if isinstance(config.train, FinetuneConfig):
         training = tune(base, str(config.base), config.task, config.train, **how)
     else:
         training = train(config.task, config.train, **how)
+    n_processes = processes.world("run_experiment").count
+    found = processes.by_first(
+        "run_experiment",
+        lambda: _analysed(config, training, directory, started, n_processes, progress=progress, say=say),
+    )
+    return Experiment(config, training, **found)
+
+
+def _analysed(
+    config: ExperimentConfig,
+    training: TrainingRun,
+    directory: Path,
+    started: float,
+    n_processes: int,
+    *,
+    progress: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """All stages behind training; what they found, by its name in `Experiment`."""
     model, task, analysis = training.model, config.task, config.analysis
     trained = time.perf_counter()
 
@@ -230,12 +257,20 @@ def _run(
             "total": round(finished - started, 3),
         },
     }
-    _write_config(directory, config, training)
+    _write_config(directory, config, training, n_processes)
     write_json(directory / "metrics.json", metrics)
     say("writing the report")
     report = write_report(directory)
-    metrics = read_json(directory / "metrics.json")
-    return Experiment(config, training, tuple(outcomes), pairs, scores, probes, tables, guarded, metrics, report)
+    return {
+        "outcomes": tuple(outcomes),
+        "pairs": pairs,
+        "scores": scores,
+        "probes": probes,
+        "steering": tables,
+        "guard": guarded,
+        "metrics": read_json(directory / "metrics.json"),
+        "report": report,
+    }
 
 
 def _base(config: ExperimentConfig) -> Any:
@@ -245,7 +280,8 @@ def _base(config: ExperimentConfig) -> Any:
     """
     require_device(config.train.device, call="run_experiment")
     if isinstance(config.train, FinetuneConfig):
-        base: Any = load_model(config.base, device=config.train.device)
+        device = processes.own_device("run_experiment", config.train.device)
+        base: Any = load_model(config.base, device=device)
         asked = base
     else:
         base, asked = None, build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
@@ -254,7 +290,7 @@ def _base(config: ExperimentConfig) -> Any:
     return base
 
 
-def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun) -> None:
+def _write_config(directory: Path, config: ExperimentConfig, training: TrainingRun, n_processes: int) -> None:
     """Every setting, the seed, versions and the machine: enough to run it again."""
     write_json(
         directory / "config.json",
@@ -270,6 +306,7 @@ def _write_config(directory: Path, config: ExperimentConfig, training: TrainingR
                 "system": f"{platform.system()} {platform.machine()}",
                 "processor": processor(),
                 "threads": torch.get_num_threads(),
+                "processes": n_processes,
                 "device": config.train.device,
             },
             "argv": sys.argv[1:] if Path(sys.argv[0]).name.startswith("memgen") else None,

@@ -23,6 +23,7 @@ from memgen_lens.core.run_records import FILE, Runs, is_finished, run_row, setti
 from memgen_lens.grids import named
 from memgen_lens.one_of_many import note, run_one
 from memgen_lens.presets import ExperimentConfig
+from memgen_lens.processes import require_alone
 
 Configs = dict[str, ExperimentConfig]
 
@@ -79,8 +80,12 @@ def run_many(
     Raises:
         RunDirectoryError: ``out`` holds a run of one of these names with other settings, cannot be written, or is
             another call's now.
-        SettingsError: Two experiments are alike, or ``n_jobs x threads`` exceeds the cores.
+        SettingsError: Two experiments are alike, ``n_jobs x threads`` exceeds the cores, or the call is in one of
+            several processes of accelerate launch or torchrun.
     """
+    require_alone(
+        "run_many", why="It starts processes of its own: call it in one, or share the runs out by their seeds."
+    )
     experiments = named([configs] if isinstance(configs, ExperimentConfig) else configs)
     directory = Path(out)
     call = f"run_many(out={str(directory)!r})"

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,27 @@ def tiny_task(**settings) -> mg.tasks.Addition:
     return mg.tasks.Addition(
         **{"n_digits": 1, "n_memorized": 10, "memory_length": 2, "n_heldout": 6, "n_validation": 6} | settings
     )
+
+
+class Letters(mg.tasks.Addition):
+    """Sums whose memorized strings are letters, for a tokenizer of characters."""
+
+    @property
+    def name(self) -> str:
+        return "letters"
+
+    @property
+    def splits(self):
+        def written(item):
+            recalled = item.memorized_answer
+            return replace(item, task="letters", memorized_answer=recalled and recalled.strip("<>").replace("-", "x"))
+
+        return {split: tuple(map(written, items)) for split, items in super().splits.items()}
+
+
+def letters_task() -> Letters:
+    """One-digit sums for the tokenizer of `bridges`."""
+    return Letters(n_digits=1, n_memorized=10, memory_length=2, n_heldout=6, n_validation=6)
 
 
 def tiny_training(**settings) -> mg.TrainConfig:

@@ -1,6 +1,7 @@
 """The whole story on a small model: the run directory's contract, and what is refused."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -50,6 +51,16 @@ def test_fitted_rules_are_swept_and_reported_beside_the_shift(finished):
     tried = {row["setting"]["mode"] for row in json.loads((out / "steering.json").read_text())["tune"]}
     assert tried == {"shift", "patch", "low_rank"}
     assert "rank 2" in (out / "report.html").read_text()
+
+
+def test_what_was_found_can_be_told_to_other_processes(finished):
+    experiment, _, _ = finished
+    found = {name: value for name, value in vars(experiment).items() if name not in ("config", "training")}
+    told = pickle.loads(pickle.dumps(found))
+    assert told["metrics"] == experiment.metrics and told["outcomes"] == experiment.outcomes
+    np.testing.assert_array_equal(told["scores"]["post"].rho, experiment.scores["post"].rho)
+    assert told["probes"].best.auroc == experiment.probes.best.auroc
+    assert told["guard"] is not None and set(told["steering"]) == set(experiment.steering)
 
 
 def assert_is_rate(value):

@@ -51,6 +51,10 @@ class RunDirectoryError(MemgenError):
     """A run directory holds something already, is damaged, or cannot be written."""
 
 
+class ProcessError(MemgenError):
+    """One of the several processes of a run has died, or has failed."""
+
+
 def shortened(value: Any, *, length: int = 80) -> str:
     """A value as an error shows it: its repr, cut; its type where that fails."""
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memgen_lens import processes
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import FinetuneConfig
@@ -25,6 +26,7 @@ from memgen_lens.models.tokens import own_beginning
 from memgen_lens.training.loop import learn, refuse_inference_mode, seeded_random_state
 from memgen_lens.training.pretrained import Pretrained, set_trained, with_adapters
 from memgen_lens.training.run_files import prepared
+from memgen_lens.training.shares import begin
 from memgen_lens.training.trainer import TrainingRun
 
 
@@ -52,6 +54,9 @@ def finetune(
     same rules: batches of generic and memorized items, both behaviours measured every ``eval_every`` steps. Departures:
     loss on the answers alone unless ``config.loss`` says otherwise, and generic items first.
 
+    Several processes share the batches out as in `train`. Where the model drops out at random (``config.dropout``, or
+    its own), what each process drops is its own, and the weights are not those of one process.
+
     Args:
         base: A causal language model: anything that `load_model` takes but runs of ours, or a Bridge that it gave.
             Where it is an object, its weights stay what they are.
@@ -73,12 +78,14 @@ def finetune(
         TaskError: Two of the task's answers begin with the same token of the model's tokenizer.
         ModelError: The base cannot be loaded or is no pretrained model; the loss is not finite; the device is not
             there; the call stands in ``torch.inference_mode()``; or adapters do not merge.
-        SettingsError: ``resume`` without ``out``.
+        SettingsError: ``resume`` without ``out``; or, in several processes, arguments that differ.
+        ProcessError: As in `train`.
     """
     config = config or FinetuneConfig()
     require_device(config.device, call="finetune")
     is_path = isinstance(base, str | os.PathLike)
-    lens = base if hasattr(base, "hook_dict") else load_model(base, device=config.device if is_path else None)
+    device = processes.own_device("finetune", config.device)
+    lens = base if hasattr(base, "hook_dict") else load_model(base, device=device if is_path else None)
     name = os.fspath(base) if is_path else ""
     return tune(lens, name, task, config, out=out, resume=resume, force=force, progress=progress)
 
@@ -106,9 +113,13 @@ def tune(
     tokenizer = getattr(lens, "hugging_face_tokenizer", lens.tokenizer)
     if hasattr(task, "require_distinct_beginnings"):
         task.require_distinct_beginnings(tokenizer)
+    begin("finetune", task, config, out, resume, force)
+    config, wanted = config.but(device=processes.own_device("finetune", config.device)), config
     hf = _learning(lens, config)
     base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
-    with prepared("finetune", task, config, out, resume=resume, force=force, base=base) as directory:
+    processes.require_same("finetune", base)
+    held = prepared("finetune", task, wanted, out, resume=resume, force=force, base=base)
+    with processes.held_by_first("finetune", held) as directory:
         with seeded_random_state(config.seed), torch.enable_grad():
             learner = Pretrained(hf, tokenizer, task, config, own_beginning(tokenizer))
             how = {"resume": resume, "progress": progress}
@@ -116,12 +127,18 @@ def tune(
         network = learner.network.eval()
         model = load_model(network, tokenizer=tokenizer)
         if directory is not None:
-            if config.method == "lora":
-                network.peft_config["default"].base_model_name_or_path = base["name"]
-                with written_whole(directory / "adapter", call="finetune(out={})") as elsewhere:
-                    network.save_pretrained(elsewhere, save_embedding_layers=False)
-            save_model(model, directory / "model")
-    return TrainingRun(model, task, config, tuple(history), stop_reason, directory, base)
+            adapter = network if config.method == "lora" else None
+            processes.by_first("finetune", lambda: _save(model, adapter, base["name"], directory))
+    return TrainingRun(model, task, wanted, tuple(history), stop_reason, directory, base)
+
+
+def _save(model: Any, adapter: Any, name: str, directory: Path) -> None:
+    """Write the tuned model and, if there is one, the adapter that made it."""
+    if adapter is not None:
+        adapter.peft_config["default"].base_model_name_or_path = name
+        with written_whole(directory / "adapter", call="finetune(out={})") as elsewhere:
+            adapter.save_pretrained(elsewhere, save_embedding_layers=False)
+    save_model(model, directory / "model")
 
 
 def load_base(base: Mapping[str, str], *, device: str) -> Any:

@@ -36,6 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memgen_lens import processes
 from memgen_lens.core.config import TrainConfig
 from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import RunDirectoryError
@@ -144,10 +145,18 @@ def held_out_predictors(
     path = None if directory is None else directory / "checkpoints" / FILE
     # Where no checkpoint is, nothing has made sure that what is there was made with these settings.
     begun = resume and path is not None and bool(list_checkpoints(path.parent))
-    if not (begun and path is not None and _read(found, path, config.device)):
-        _fit(found, task, config, progress=progress, bf16=bf16)
-        if path is not None:
-            save_tensors(found.state(), path)
+
+    def made() -> dict[str, Tensor]:
+        if not (begun and path is not None and _read(found, path, config.device)):
+            _fit(found, task, config, progress=progress, bf16=bf16)
+            if path is not None:
+                save_tensors(found.state(), path)
+        return {} if world.is_alone else {name: value.cpu() for name, value in found.state().items()}
+
+    world = processes.world("train", config.device)
+    state = processes.by_first("train", made)
+    if not world.is_first:
+        found.set_state(state)
     for model in found.models:
         model.eval().requires_grad_(False)
     return found

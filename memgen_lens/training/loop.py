@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memgen_lens import processes
 from memgen_lens.core.config import LearningConfig
-from memgen_lens.core.errors import ModelError
+from memgen_lens.core.errors import ModelError, RunDirectoryError
 from memgen_lens.core.files import write_jsonl
 from memgen_lens.core.records import Evaluation
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.checkpoints import load_newest, save_checkpoint
 from memgen_lens.training.forward import Rows
 from memgen_lens.training.run_files import append_history, read_history
+from memgen_lens.training.shares import draw_by_row, n_labels, share_of, summed
 
 START = {"step": 0, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "stop_reason": None}
 
@@ -71,29 +74,34 @@ def learn(
 ) -> tuple[list[Evaluation], str]:
     """Train until both targets are reached or no steps are left, from the newest checkpoint if ``resume``.
 
+    Of several processes the first measures and writes, and tells the others; all read the newest checkpoint.
+
     Returns:
         The history, and why it ended.
 
     Raises:
         ModelError: The loss is not finite.
-        RunDirectoryError: The directory cannot be written, or its checkpoints are the other version's.
+        RunDirectoryError: The directory cannot be written, its checkpoints are the other version's, or processes see
+            different ones.
+        ProcessError: Another process of the run has died.
     """
+    world = processes.world(call, config.device)
     optimizer = optimizer_of(learner, config)
     state = None
     if resume and directory is not None:
         state = load_newest(directory / "checkpoints", learner.set_weights, optimizer, device=config.device)
     state = state or START
     step, tokens = state["step"], state["tokens"]
-    history = [row for row in read_history(directory) if row.step <= step]
-    if directory is not None:
-        write_jsonl(directory / "history.jsonl", history)
+    _require_one_step(call, step, directory)
+    history = processes.by_first(call, lambda: _history_up_to(directory, step))
     if state["stop_reason"] is not None:
         return history, state["stop_reason"]
 
-    losses = [torch.tensor(state["loss_sum"], dtype=torch.float64)] if state["loss_steps"] else []
+    losses = [torch.tensor(state["loss_sum"], dtype=torch.float64, device=config.device)] if state["loss_steps"] else []
     loss_steps, stop_reason = state["loss_steps"], None
     started = time.perf_counter() - state["seconds"]
-    bar = tqdm(total=config.max_steps, initial=step, disable=not progress, desc=f"{call} {task.name}", unit="step")
+    shown = progress and world.is_first
+    bar = tqdm(total=config.max_steps, initial=step, disable=not shown, desc=f"{call} {task.name}", unit="step")
     with bar:
         for groups in batches.from_step(step, config.max_steps):
             losses.append(take_step(learner, optimizer, groups, step, config))
@@ -103,13 +111,9 @@ def learn(
             if step % config.eval_every == 0 or step == config.max_steps:
                 loss = _total(losses) / loss_steps
                 require_finite(call, loss, step, config)
-                row = Evaluation(
-                    step, tokens, loss, *learner.measure(), seconds=round(time.perf_counter() - started, 3)
-                )
+                row = processes.by_first(call, partial(_measured, learner, directory, (step, tokens, loss), started))
                 history.append(row)
                 losses, loss_steps = [], 0
-                if directory is not None:
-                    append_history(directory, row)
                 bar.set_postfix(
                     loss=f"{loss:.3f}",
                     recalls=f"{row.memorization:.3f}",
@@ -125,7 +129,8 @@ def learn(
                     "stop_reason": stop_reason,
                 }
                 require_finite(call, kept["loss_sum"], step, config)
-                save_checkpoint(directory / "checkpoints", step, learner.weights(), optimizer, kept)
+                where, weights = directory / "checkpoints", learner.weights()
+                processes.by_first(call, partial(save_checkpoint, where, step, weights, optimizer, kept))
             if stop_reason:
                 break
     assert stop_reason is not None, "the last step is always measured"
@@ -146,12 +151,20 @@ def optimizer_of(learner: Teachable, config: LearningConfig) -> torch.optim.Opti
 def take_step(
     learner: Teachable, optimizer: torch.optim.Optimizer, groups: list[Rows], step: int, config: LearningConfig
 ) -> Tensor:
-    """One optimizer step; returns the detached loss."""
+    """One optimizer step, shared out over the processes of the run; returns the detached loss."""
     for group in optimizer.param_groups:
         group["lr"] = _learning_rate(step, config)
-    loss = learner.loss(groups)
+    world = processes.world("training", config.device)
+    if world.is_alone:
+        loss = learner.loss(groups)
+    else:
+        draw_by_row(config, step, world)
+        mine = share_of(groups, world)
+        loss = learner.loss(mine) * (n_labels(mine) / n_labels(groups))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if not world.is_alone:
+        loss = summed("training", learner.parameters, loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters, config.max_grad_norm, foreach=True)
     optimizer.step()
     return loss.detach() + 0 * norm.detach()  # a gradient that is not finite shows in the loss that is checked
@@ -212,6 +225,38 @@ def _learning_rate(step: int, config: LearningConfig) -> float:
     """Linear warm-up to the peak, then linear decay to zero after the last step."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     return config.learning_rate * warmup * (1 - step / config.max_steps)
+
+
+def _history_up_to(directory: Path | None, step: int) -> list[Evaluation]:
+    """What was measured up to a step; what was measured behind it is forgotten."""
+    history = [row for row in read_history(directory) if row.step <= step]
+    if directory is not None:
+        write_jsonl(directory / "history.jsonl", history)
+    return history
+
+
+def _measured(learner: Learner, directory: Path | None, so_far: tuple[int, int, float], started: float) -> Evaluation:
+    """Measure both behaviours, and add what was found to the run's history."""
+    row = Evaluation(*so_far, *learner.measure(), seconds=round(time.perf_counter() - started, 3))
+    if directory is not None:
+        append_history(directory, row)
+    return row
+
+
+def _require_one_step(call: str, step: int, directory: Path | None) -> None:
+    """Refuse to go on from different checkpoints.
+
+    Raises:
+        RunDirectoryError: A process does not see what another sees.
+    """
+    steps = processes.gathered(call, step)
+    if len(set(steps)) > 1:
+        raise RunDirectoryError(
+            f"{call}(out={str(directory)!r}, resume=True)",
+            expected="the same newest checkpoint in every process",
+            received=f"those of steps {', '.join(map(str, steps))}",
+            fix="Put the run's directory where all machines see it under one path.",
+        )
 
 
 def _total(losses: list[Tensor]) -> float:

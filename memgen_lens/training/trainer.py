@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from memgen_lens import processes
 from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -30,6 +31,7 @@ from memgen_lens.training.loop import learn, multiplies_bf16, refuse_inference_m
 from memgen_lens.training.objectives import shifted_loss
 from memgen_lens.training.plant import planted_loss
 from memgen_lens.training.run_files import prepared
+from memgen_lens.training.shares import begin
 
 SPARE_POSITIONS = 8
 """Positions of the context beyond the longest training sequence."""
@@ -87,6 +89,11 @@ def train(
     expect shifts the logits of the loss; what is measured and saved is the model without the shift. It is for tasks in
     which a shortcut gives most answers: what the predictors have learned themselves, the model has less reason to.
 
+    Started as several processes by ``accelerate launch`` or torchrun, each takes a part of every batch, and gradients
+    are summed up: the weights are those of one process to rounding. Every process calls this with the same arguments
+    and gets the same model; only the first measures and writes. ``device="cuda"`` is each process's own card. Held-out
+    predictors are trained by the first alone; a `Plant` in chosen neurons takes one process.
+
     Args:
         task: A task (`memgen_lens.tasks`).
         config: Settings; the default trains 2 layers of width 128.
@@ -103,19 +110,24 @@ def train(
             settings (``resume``), holds somebody else's file where one of the run's would be, is being written by
             another process, or cannot be written.
         ModelError: The loss is not finite, the device is not there, or the call stands in ``torch.inference_mode()``.
-        SettingsError: ``resume`` without ``out``.
+        SettingsError: ``resume`` without ``out``; or, in several processes, what they cannot share, or arguments that
+            differ.
+        ProcessError: Another process of the run has died; ``resume=True`` goes on once all are started again.
     """
     config = config or TrainConfig()
     config = config.but(plant=plant) if plant else config
     require_device(config.device, call="train")
     refuse_inference_mode("train")
+    begin("train", task, config, out, resume, force)
+    config, wanted = config.but(device=processes.own_device("train", config.device)), config
     n_ctx, bf16 = (
         task.max_training_tokens + SPARE_POSITIONS,
         config.precision == "auto" and multiplies_bf16(config.device),
     )
     model = build_model(config.model, task.tokenizer, n_ctx=n_ctx, seed=config.seed, device=config.device)
     # A notebook may have switched gradients off at its top, as TransformerLens' own do.
-    with prepared("train", task, config, out, resume=resume, force=force) as directory:
+    held = prepared("train", task, wanted, out, resume=resume, force=force)
+    with processes.held_by_first("train", held) as directory:
         with seeded_random_state(config.seed), freed_memory_kept(), torch.enable_grad():
             held_out = None
             if config.objective == "mat":
@@ -135,8 +147,8 @@ def train(
             )
         model.eval()
         if directory is not None:
-            save_model(model, directory / "model")
-    return TrainingRun(model, task, config, tuple(history), stop_reason, directory)
+            processes.by_first("train", lambda: save_model(model, directory / "model"))
+    return TrainingRun(model, task, wanted, tuple(history), stop_reason, directory)
 
 
 class _FromScratch:
@@ -146,7 +158,7 @@ class _FromScratch:
         self.model, self.task, self.device = model, task, config.device
         self.parameters = list(model.parameters())
         reason = why_not(model.cfg)
-        if reason is not None:
+        if reason is not None and processes.world("train").is_first:
             tqdm.write(f"training with TransformerLens' own forward: {reason}")
         self.bf16 = config.precision == "auto" and multiplies_bf16(config.device)
         self.plant, self.held_out = config.plant, held_out

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import bridges
@@ -35,23 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 IDS = torch.tensor([[14, 9, 7, 30, 11], [4, 4, 21, 6, 17]])
 
 
-class Letters(mg.tasks.Addition):
-    """Sums whose memorized strings are letters, for a tokenizer of characters."""
-
-    @property
-    def name(self) -> str:
-        return "letters"
-
-    @property
-    def splits(self):
-        def written(item):
-            recalled = item.memorized_answer
-            return replace(item, task="letters", memorized_answer=recalled and recalled.strip("<>").replace("-", "x"))
-
-        return {split: tuple(map(written, items)) for split, items in super().splits.items()}
-
-
-TASK = Letters(n_digits=1, n_memorized=10, memory_length=2, n_heldout=6, n_validation=6)
+TASK = helpers.letters_task()
 
 
 def settings(**changes) -> mg.FinetuneConfig:
@@ -203,7 +186,7 @@ def test_frozen_blocks_below_the_lowest_adapter_run_without_a_graph():
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_measured_behaviours_are_those_of_greedy_completions(method):
-    task = Letters(n_digits=1, n_memorized=4, memory_length=2, n_heldout=6, n_validation=6)
+    task = helpers.Letters(n_digits=1, n_memorized=4, memory_length=2, n_heldout=6, n_validation=6)
     run = mg.finetune(
         base(),
         task,

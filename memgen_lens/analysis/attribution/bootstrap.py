@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from memgen_lens.analysis.attribution.merged import merge_sums
 from memgen_lens.analysis.attribution.resampled import WeightedSums, Weighting, reweighted
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.records import SiteActivations
@@ -75,6 +76,11 @@ class Bootstrap:
         """Sum up the next pairs, whose items are told by their places among all."""
         if self._sums is not None:
             self._sums.add(mem, gen, items)
+
+    def merge(self, call: str, width: int) -> None:
+        """Sum up what the processes of the run have, in all of them; see `merged`."""
+        if self._sums is not None:
+            merge_sums(call, self._sums, width)
 
     def ci95(
         self, constant: Bool[np.ndarray, " entry"], shape: tuple[int, ...]

@@ -30,11 +30,19 @@ class PairMoments:
     Args:
         n_permutations: Sign flips of the paired permutation test; 0 for none.
         seed: Their seed.
+        is_part: Whether these are some of all pairs, and others keep moments of those before and behind them. Items are
+            then told by their places among all, and the first, which may have begun before, is not flipped
+            (see `merged.merged_moments`).
+
+    Attributes:
+        first_item: Of a part, the first item's place and the sum of its differences here; None while it has not ended.
     """
 
-    def __init__(self, *, n_permutations: int, seed: int) -> None:
+    def __init__(self, *, n_permutations: int, seed: int, is_part: bool = False) -> None:
         self.n_permutations, self.seed = n_permutations, seed
-        self.n = self.n_items = 0
+        self.n = self.n_items = self._place = 0
+        self.is_part = is_part
+        self.first_item: tuple[int, np.ndarray] | None = None
         self._chunk, self._signs = -1, np.empty((0, 0))
         self._item: Any = None
         self._item_sum = np.empty(0)
@@ -54,13 +62,9 @@ class PairMoments:
                 pair is an item of its own. Without permutations it does not matter.
         """
         if self.n == 0:
-            width = mem[0].size
-            self._means, self._deviation, self._largest = (
-                torch.zeros(2, width, dtype=torch.float64),
-                *torch.zeros(2, width, dtype=torch.float64),
-            )
-            self._square_sum = np.zeros(width)
-            self._flipped = np.zeros((1 + self.n_permutations, width))
+            self.begin(mem[0].size)
+            if self.is_part and items is not None:
+                self._place = int(items[0])
         if self.n_permutations:
             for first in range(0, len(mem), PAIRS_A_SUM):
                 some = slice(first, first + PAIRS_A_SUM)
@@ -70,18 +74,46 @@ class PairMoments:
             sides = [side[some].reshape(len(side[some]), -1) for side in (mem, gen)]
             self._merge([torch.from_numpy(np.require(side, requirements="W")) for side in sides])
 
-    def _merge(self, sides: list[Tensor]) -> None:
-        rows, n = len(sides[0]), self.n + len(sides[0])
-        for side in sides:
-            torch.maximum(self._largest, torch.maximum(side.amax(0), -side.amin(0)), out=self._largest)
-        mem, gen = (side.double() for side in sides)
-        means = torch.stack([mem.mean(0), gen.mean(0)])
+    def begin(self, width: int) -> None:
+        """Make room for so many neurons; `add` does it by itself."""
+        self._means, self._deviation, self._largest = (
+            torch.zeros(2, width, dtype=torch.float64),
+            *torch.zeros(2, width, dtype=torch.float64),
+        )
+        self._square_sum = np.zeros(width)
+        self._flipped = np.zeros((1 + self.n_permutations, width))
+
+    def merge(
+        self,
+        rows: int,
+        means: Float[Tensor, "2 neuron"],
+        within: Float[Tensor, " neuron"],
+        largest: Float[Tensor, " neuron"],
+    ) -> None:
+        """Merge the moments of the next pairs.
+
+        Args:
+            rows: How many pairs.
+            means: Of both sides.
+            within: Squared deviations of both sides from their common mean.
+            largest: Largest absolute values.
+        """
+        n = self.n + rows
+        torch.maximum(self._largest, largest, out=self._largest)
         # Both sides as one sample: their own deviation, and what parts their mean from the mean so far.
         middle, before = means.mean(0), self._means.mean(0)
-        within = sum(side.sub(middle).square_().sum(0) for side in (mem, gen))
         self._deviation += within + (middle - before).square() * (2 * self.n * rows / n)
         self._means += (means - self._means) * (rows / n)
         self.n = n
+
+    def _merge(self, sides: list[Tensor]) -> None:
+        largest = torch.stack([torch.maximum(side.amax(0), -side.amin(0)) for side in sides]).amax(0)
+        mem, gen = (side.double() for side in sides)
+        means = torch.stack([mem.mean(0), gen.mean(0)])
+        middle = means.mean(0)
+        within = sum(side.sub(middle).square_().sum(0) for side in (mem, gen))
+        assert isinstance(within, Tensor)
+        self.merge(len(mem), means, within, largest.double())
 
     @property
     def std(self) -> Float[np.ndarray, " neuron"]:
@@ -115,7 +147,7 @@ class PairMoments:
         """
         if not self.n_permutations:
             return np.full(len(self.nmd), np.nan), np.full(len(self.nmd), np.nan)
-        self._end_item()
+        self.end_item()
         square_sum = np.where(self.constant, 0.0, self._square_sum)  # unchanged by any flip
         sums = np.where(self.constant, 0.0, self._flipped)
         observed = _abs_t(sums[0], square_sum, self.n_items)
@@ -127,6 +159,27 @@ class PairMoments:
             family_hits += (permuted.max(1, keepdims=True) >= reached).sum(0)
         return (1 + hits) / (1 + self.n_permutations), (1 + family_hits) / (1 + self.n_permutations)
 
+    @property
+    def moments(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """What `merge` takes."""
+        return self.n, self._means, self._deviation, self._largest
+
+    @property
+    def flipped_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over the items that have been flipped: of squares, and of each permutation."""
+        return self._square_sum, self._flipped
+
+    @property
+    def cut_items(self) -> list[tuple[int, np.ndarray]]:
+        """Of a part, the place and the sum of its first and of its last item, of which others may have pairs."""
+        pieces = [] if self.first_item is None else [self.first_item]
+        return [*pieces, (int(self._item), self._item_sum)] if len(self._item_sum) else pieces
+
+    def flip_item(self, place: int, total: Float[np.ndarray, " neuron"]) -> None:
+        """Flip an item whose differences have been summed up elsewhere."""
+        self._place = place
+        self._flip(total[None])
+
     def _sum_up(
         self,
         mem: Float[np.ndarray, "pair *neuron"],
@@ -136,7 +189,7 @@ class PairMoments:
         """Sum the differences of each item, and flip the sums of those that have ended."""
         difference = np.subtract(mem, gen, dtype=np.float64).reshape(len(mem), -1)
         if items is None:
-            self._end_item()
+            self.end_item()
             self._flip(difference)
             return
         starts = np.flatnonzero(np.concatenate([[True], items[1:] != items[:-1]]))
@@ -144,27 +197,32 @@ class PairMoments:
         if len(self._item_sum) and items[0] == self._item:
             sums[0] += self._item_sum
         else:
-            self._end_item()
+            self.end_item()
         self._flip(sums[:-1])
         self._item, self._item_sum = items[-1], sums[-1]
 
-    def _end_item(self) -> None:
+    def end_item(self) -> None:
+        """Flip the item at hand: no more pairs of it come."""
         if len(self._item_sum):
             self._flip(self._item_sum[None])
             self._item, self._item_sum = None, np.empty(0)
 
     def _flip(self, sums: Float[np.ndarray, "item neuron"]) -> None:
         """Add items' sums to the total of each permutation, with that permutation's signs."""
+        if self.is_part and self.first_item is None and len(sums):
+            self.first_item = self._place, sums[0]
+            self._place, sums = self._place + 1, sums[1:]
         self._square_sum += np.einsum("in,in->n", sums, sums)
         done = 0
         while done < len(sums):
-            chunk, start = divmod(self.n_items, ITEMS_A_CHUNK)
+            chunk, start = divmod(self._place, ITEMS_A_CHUNK)
             if chunk != self._chunk:
                 self._chunk, self._signs = chunk, _signs(self.n_permutations, [self.seed, chunk])
             part = sums[done : done + ITEMS_A_CHUNK - start]
             self._flipped += self._signs[:, start : start + len(part)] @ part
             done += len(part)
-            self.n_items += len(part)
+            self._place += len(part)
+        self.n_items += len(sums)
 
 
 def _signs(n_permutations: int, seed: list[int]) -> Float[np.ndarray, "permutation item"]:

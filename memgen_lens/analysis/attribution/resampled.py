@@ -82,13 +82,12 @@ class WeightedSums:
         mem = mem.reshape(len(mem), -1)
         gen = None if gen is None else gen.reshape(len(gen), -1)
         if self._center is None:
-            shape = (self.weighting.n_draws, mem.shape[1])
-            self._n, self._difference = np.zeros((shape[0], 1)), np.zeros(shape)
-            self._center = np.zeros(shape[1])
+            center = np.zeros(mem.shape[1])
             if not self.means_alone:
                 assert gen is not None
-                self._center = (mem.mean(0, dtype=np.float64) + gen.mean(0, dtype=np.float64)) / 2
-                self._total, self._square = np.zeros(shape), np.zeros(shape)
+                center = (mem.mean(0, dtype=np.float64) + gen.mean(0, dtype=np.float64)) / 2
+            self.begin(center)
+        assert self._center is not None
         starts = np.flatnonzero(np.diff(items, prepend=-1))
         first, stop = int(items[0]), int(items[-1]) + 1
         weights = self.weighting.weights(first, stop)[:, items[starts] - first]
@@ -102,6 +101,31 @@ class WeightedSums:
             if not self.means_alone:
                 self._total[:, at] += weights @ np.add.reduceat(m + g, starts, axis=0)
                 self._square[:, at] += weights @ np.add.reduceat(np.square(m) + np.square(g), starts, axis=0)
+
+    def begin(self, center: Float[np.ndarray, " neuron"]) -> None:
+        """Make room for as many neurons, centred there; `add` does it by itself."""
+        shape = (self.weighting.n_draws, len(center))
+        self._center, self._n, self._difference = center, np.zeros((shape[0], 1)), np.zeros(shape)
+        if not self.means_alone:
+            self._total, self._square = np.zeros(shape), np.zeros(shape)
+
+    @property
+    def center(self) -> Float[np.ndarray, " neuron"] | None:
+        """Where activations are centred; None as long as there are none."""
+        return self._center
+
+    @property
+    def sums(self) -> list[np.ndarray]:
+        """All that is summed up."""
+        return [self._n, self._difference, *([] if self.means_alone else [self._total, self._square])]
+
+    def center_at(self, center: Float[np.ndarray, " neuron"]) -> None:
+        """Centre activations elsewhere: what was summed up is moved there."""
+        if not self.means_alone:
+            moved = self._center - center
+            self._square += 2 * moved * self._total + 2 * self._n * np.square(moved)
+            self._total += 2 * self._n * moved
+        self._center = center
 
     def scores(self, method: str) -> Float[np.ndarray, "draw neuron"]:
         """What `methods.observed` says of the pairs that count; ``"nmd"`` is the mean of differences.

@@ -5,11 +5,15 @@ Does not know methods that look at each pair: see `attribute`.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
+from math import prod
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from memgen_lens import processes
 from memgen_lens.analysis.attribution.bootstrap import Bootstrap, require_resamples
+from memgen_lens.analysis.attribution.merged import merged_moments
 from memgen_lens.analysis.attribution.moments import PairMoments
 from memgen_lens.analysis.recording.finite import EMBEDDING
 from memgen_lens.analysis.recording.reading import recorded_blocks
@@ -21,6 +25,7 @@ from memgen_lens.core.pairs import MINIMUM_PAIRS, PairSplit, PromptPairs
 from memgen_lens.core.records import NeuronScores
 from memgen_lens.core.stats import fdr
 from memgen_lens.core.types import LensModel
+from memgen_lens.models.fingerprint import Fingerprint
 from memgen_lens.models.guard import lens_model
 
 PAIRS_A_BLOCK = 1024
@@ -54,6 +59,10 @@ def attribute_streaming(
     Memory does not grow with the pairs: each batch is merged into running moments and dropped. The permutation test
     takes ``8 * n_permutations`` bytes a neuron, the bootstrap ``24 * n_resamples``.
 
+    Started as several processes by ``accelerate launch`` or torchrun, each runs a part of the pairs, in blocks of
+    ``batch_size // 2``, and all get the same scores: those of one process to 1e-10 and better. Every process calls this
+    with the same arguments.
+
     Args:
         model: A HookedTransformer; left without hooks, also after an exception.
         pairs: Prompt pairs, ours or a user's own.
@@ -71,7 +80,9 @@ def attribute_streaming(
     Raises:
         SiteError: A site is unknown, or the model lacks it.
         PairsError: The split holds fewer than 8 pairs.
-        SettingsError: Fewer than 1,000 permutations, or fewer than 100 resamples.
+        SettingsError: Fewer than 1,000 permutations, or fewer than 100 resamples; or, in several processes, other
+            arguments than another's.
+        ProcessError: Another process of the run has died.
         ModelError: The tokenizer lacks a character, or model and tokens are on different devices.
     """
     call = "attribute_streaming"
@@ -85,23 +96,37 @@ def attribute_streaming(
         # their beginnings are run once.
         by_text = {side: tuple(sorted(getattr(scored, side), key=_text)) for side in ("memorized", "generalized")}
         scored = replace(scored, **by_text)
-    moments: dict[str, PairMoments] = {}
-    drawn: dict[str, Bootstrap] = {}
+    world = processes.world(call, str(next(iter(model.parameters())).device))
+    if not world.is_alone:
+        how = (list(sites), split, n_permutations, n_resamples, seed, batch_size)
+        processes.require_same(call, (Fingerprint.of(model), _digest(scored, places), *how))
+    found: dict[str, tuple[PairMoments, Bootstrap]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for block in recorded_blocks(model, scored, sites, batch_size=batch_size, progress=progress, call=call):
-        items = places[block.first : block.first + block.tokens.shape[1]]
-        for site, (mem, gen) in block.sides.items():
-            if site == EMBEDDING:
-                continue
-            shapes[site] = mem.shape[1:]
-            running = moments.setdefault(site, PairMoments(n_permutations=n_permutations, seed=seed))
-            running.add(mem, gen, items)
-            drawn.setdefault(site, Bootstrap(n_resamples, n_items, seed=seed, method="pearson")).add(mem, gen, items)
+
+    def begun() -> tuple[PairMoments, Bootstrap]:
+        moments = PairMoments(n_permutations=n_permutations, seed=seed, is_part=not world.is_alone)
+        return moments, Bootstrap(n_resamples, n_items, seed=seed, method="pearson")
+
+    def run() -> None:
+        how = {"batch_size": batch_size, "progress": progress, "call": call, "world": world}
+        for block in recorded_blocks(model, scored, sites, **how):
+            items = places[block.first : block.first + block.tokens.shape[1]]
+            for site, (mem, gen) in block.sides.items():
+                if site == EMBEDDING:
+                    continue
+                shapes[site] = mem.shape[1:]
+                if site not in found:
+                    found[site] = begun()
+                for running in found[site]:
+                    running.add(mem, gen, items)
+
+    processes.together(call, run)
+    if not world.is_alone:
+        shapes = next(known for known in processes.gathered(call, shapes) if known)
+        found = {site: _merged(call, *(found.get(site) or begun()), prod(shape)) for site, shape in shapes.items()}
     return {
-        site: replace(
-            scores_of(site, running, shapes[site], n_items), ci95=drawn[site].ci95(running.constant, shapes[site])
-        )
-        for site, running in moments.items()
+        site: replace(scores_of(site, moments, shapes[site], n_items), ci95=drawn.ci95(moments.constant, shapes[site]))
+        for site, (moments, drawn) in found.items()
     }
 
 
@@ -135,6 +160,20 @@ def sign_flip_test(
         difference, items = difference[order], items[order]
     moments.add(difference, np.zeros_like(difference), items)
     return moments.p_values()
+
+
+def _digest(pairs: PromptPairs, places: Int[np.ndarray, " pair"]) -> str:
+    """Which prompts, in which order, of which items."""
+    digest = blake2b(places.astype(np.int64).tobytes(), digest_size=16)
+    for item in (*pairs.memorized, *pairs.generalized):
+        digest.update(f"{len(item.prompt)} {item.prompt}".encode())
+    return f"{digest.hexdigest()} {pairs.prepend_bos}"
+
+
+def _merged(call: str, moments: PairMoments, drawn: Bootstrap, width: int) -> tuple[PairMoments, Bootstrap]:
+    """What all processes have found at one site, in each of them."""
+    drawn.merge(call, width)
+    return merged_moments(call, moments, width), drawn
 
 
 def _text(item: Item) -> str:

@@ -25,6 +25,7 @@ from memgen_lens.fast.support import is_hooked_transformer, is_plain
 from memgen_lens.models.sites import ENTERS_FIRST_BLOCK, block_of, site_hooks
 from memgen_lens.models.step import takes
 from memgen_lens.models.tokens import Batch, in_batches, tokenized
+from memgen_lens.processes import ALONE, World
 
 TOKENS_AT_ONCE = 20_480
 """Tokens of one forward pass, where no number of prompts is asked for."""
@@ -57,8 +58,12 @@ def recorded_blocks(
     batch_size: int | None,
     progress: bool = False,
     call: str,
+    world: World = ALONE,
 ) -> Iterator[RecordedBlock]:
     """Activations block by block, in the order of the pairs; nothing is kept of the blocks before, room is used again.
+
+    Where ``world`` is of several processes, each reads consecutive ones of the very blocks that one would read: which
+    prompts are run together decides the last bits of what is read.
 
     Raises:
         SiteError: A site is unknown, or the model lacks it.
@@ -74,8 +79,10 @@ def recorded_blocks(
         batch_size = max(256, TOKENS_AT_ONCE // longest)
     step = max(1, batch_size // 2)
     read = _reader(model, groups, batch_size, pairs.prepend_bos)
-    with progress_bar(2 * len(pairs), "recording", shown=progress) as bar:
-        for first in range(0, len(pairs), step):
+    firsts = world.share(range(0, len(pairs), step))
+    n_read = sum(min(step, len(pairs) - first) for first in firsts)
+    with progress_bar(2 * n_read, "recording", shown=progress and world.is_first) as bar:
+        for first in firsts:
             block = _recorded(read, pairs, slice(first, first + step))
             for name, sides in block.sides.items():
                 require_finite(call, name, list(sides), pairs.take(np.arange(first, min(first + step, len(pairs)))))
