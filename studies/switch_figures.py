@@ -5,6 +5,7 @@
 """
 
 import csv
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.stats import t
 
-from memgen_lens.viz.theme import SITE_COLORS, themed
+from memgen_lens.viz.theme import DIVERGING, SITE_COLORS, themed
 
 Row = dict[str, Any]
-TABLE = Path(__file__).with_suffix("").parent / "when_is_there_a_switch.csv"
+TABLE = Path(__file__).parent / "when_is_there_a_switch.csv"
+MAPS = TABLE.with_suffix(".json")
+"""By run of the points without a factor changed, where recall is carried: layer x position."""
 TEXTS = ("answers", "cue", "loss")
 BASE: Row = {
     "lies": 0.0,
@@ -51,6 +54,7 @@ MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "to_rule": ("to the rule, above random", lambda row: row["to_rule"] - row["to_rule_random"]),
     "to_form": ("to memorized form, above random", lambda row: row["to_form"] - row["to_form_random"]),
     "to_memory": ("to the item's memory, above random", lambda row: row["to_memory"] - row["to_memory_random"]),
+    "at_answer": ("carried at the answer position", lambda row: row["at_answer"]),
     "half": ("neurons without which half of recall is lost", lambda row: row["half"]),
     "half_random": ("the same of random neurons", lambda row: row["half_random"]),
     "area": ("area above random", lambda row: row["area"] - row["area_random"]),
@@ -103,14 +107,15 @@ def between(
     return _mean(np.array([np.mean(values) for values in by_seed.values()]))
 
 
-def draw(path: Path, into: Path) -> None:
+def draw(into: Path) -> None:
     """Write all figures, an SVG file each."""
-    rows = read(path)
+    rows = read()
     into.mkdir(parents=True, exist_ok=True)
     for name, figure, size in (
         ("switch_worlds", worlds(rows), (1000, 420)),
         ("switch_factors", factors(rows), (1000, 900)),
         ("switch_lies", lies(rows), (1000, 420)),
+        ("switch_where", where(json.loads(MAPS.read_text())), (1000, 480)),
     ):
         figure.write_image(into / f"{name}.svg", width=size[0], height=size[1])
 
@@ -198,6 +203,37 @@ def lies(rows: Sequence[Row]) -> go.Figure:
     plot.update_xaxes(title_text="share of prompts on which the cue lies")
     plot.update_yaxes(range=[-0.1, 1.05])
     return _sized(themed(plot, "A cue that lies: means over seeds", height=420))
+
+
+def where(maps: Sequence[Row]) -> go.Figure:
+    """Where in the prompt recall is carried behind each attention, a panel a world: means over seeds."""
+    kinds = [(answers, cue) for answers in ("apart", "alike") for cue in ("none", "word", "order")]
+    plot = make_subplots(
+        rows=2,
+        cols=3,
+        subplot_titles=[f"answers {answers}, cue: {cue}" for answers, cue in kinds],
+        vertical_spacing=0.25,
+    )
+    for place, kind in enumerate(kinds):
+        found = [np.array(one["where"]) for one in maps if (one["answers"], one["cue"]) == kind]
+        if not found:
+            continue
+        effect = np.mean(found, axis=0)
+        tokens = [*(["word"] if kind[1] == "word" else []), *"12+34="]
+        plot.add_heatmap(
+            z=effect,
+            x=[f"{i} {token}" for i, token in enumerate(tokens)],
+            y=[f"block {layer}" for layer in range(len(effect))],
+            text=np.round(effect, 2).astype(str),
+            texttemplate="%{text}",
+            zmin=-1,
+            zmax=1,
+            colorscale=DIVERGING,
+            showscale=False,
+            row=place // 3 + 1,
+            col=place % 3 + 1,
+        )
+    return _sized(themed(plot, "Where recall is carried: patched with the computing prompt", height=480))
 
 
 def _sized(figure: go.Figure) -> go.Figure:

@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from joblib import Parallel, delayed
-from switch_figures import draw
+from switch_figures import BASE as UNCHANGED
+from switch_figures import MAPS, TABLE, draw
 
 import memgen_lens as mg
+from memgen_lens.analysis.steering.ranked import Subject, counts_of, order_of, without_first
+from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import read_json, write_json
 
 HERE = Path(__file__).parent
-TABLE = HERE / "when_is_there_a_switch.csv"
+WAYS = ("generalization", "memorization")
 WORLDS = [(answers, cue) for answers in ("apart", "alike") for cue in ("none", "word")]
 BASE = mg.ExperimentConfig(
     preset="switch",
@@ -74,19 +78,37 @@ COLUMNS = {
     "test_pairs": "pairs.test",
     "auroc": "probe.best_auroc",
     "prompt_auroc": "probe.input_only_auroc",
-    "to_rule": "steering.to_generalization.shift_rate",
-    "to_rule_random": "steering.to_generalization.controls.random_neurons.mean",
-    "to_rule_other": "steering.to_generalization.other_rate",
-    "to_memory": "steering.to_memorization.exact_recall_rate",
-    "to_memory_random": "steering.to_memorization.controls.random_neurons.mean",
-    "to_form": "steering.to_memorization.memorized_form_rate",
-    "to_form_random": "steering.to_memorization.controls.random_neurons.memorized_form.mean",
-    "heldout_steered": "steering.side_effects.heldout_generalization_steered",
 }
-"""Columns of the table, and where their values are from; `ablated` adds its own."""
-ABLATED = ("half", "half_kept", "half_random", "area", "area_random")
+"""Columns of the table that runs have themselves, and where."""
+STEERED = {
+    "to_rule": "share of recalled prompts that compute, shifted as `tune` says, towards the rule alone",
+    "to_rule_random": "the same of random neurons",
+    "to_rule_other": "share that does neither",
+    "heldout_steered": "held-out accuracy under that shift",
+    "to_memory": "share of computed prompts that give the item's memory, shifted towards memorization alone",
+    "to_memory_random": "the same of random neurons",
+    "to_form": "share of them that answer in the form of a memory",
+    "to_form_random": "the same of random neurons",
+    "at_answer": "share of the recall that the stream carries at the answer position behind the last attention",
+    "half": "smallest share of MLP neurons without which at least half of recall is lost, by attribution patching",
+    "half_kept": "share of held-out accuracy that is then left",
+    "half_random": "mean of `half` over random orders",
+    "area": "mean over shares of neurons of the recall lost less the accuracy lost",
+    "area_random": "the same of random orders",
+}
+"""Columns of the table that `looked_at` measures."""
+GRID: dict[str, Any] = {
+    "top_fractions": (0.1, 0.3),
+    "alphas": (1.0, 2.0, 4.0),
+    "positions": ("answer", "prompt", "all"),
+}
 N_ORDERS = 3
 """Random orders of neurons beside the ranking."""
+
+
+def is_base(row: dict[str, Any]) -> bool:
+    """Whether no factor is changed in a row."""
+    return all(row[name] == value for name, value in UNCHANGED.items())
 
 
 def main() -> None:
@@ -100,7 +122,7 @@ def main() -> None:
     if not asked.draw:
         runs = mg.run_many(configs(asked.seeds), out=asked.out, n_jobs=asked.n_jobs, threads=1)
         write_table(rows(runs, asked.n_jobs or -1))
-    draw(TABLE, HERE.parent / "docs" / "figures")
+    draw(HERE.parent / "docs" / "figures")
 
 
 def configs(seeds: list[int]) -> dict[str, mg.ExperimentConfig]:
@@ -138,68 +160,92 @@ def points() -> list[dict[str, Any]]:
 def rows(runs: mg.Runs, n_jobs: int) -> list[dict[str, Any]]:
     """The table: a row a run; figures of a run in which too little flips are empty."""
     done = [row for row in runs.rows if row["status"] == "done"]
-    found = Parallel(n_jobs=n_jobs)(delayed(ablated)(row["directory"]) for row in done)
+    found = Parallel(n_jobs=n_jobs)(delayed(looked_at)(row["directory"]) for row in done)
     table = []
     for row, more in zip(done, found, strict=True):
         table.append({name: row.get(source) for name, source in COLUMNS.items()} | more)
     return table
 
 
-def ablated(directory: str) -> dict[str, float | None]:
-    """How many MLP neurons recall needs: zeroed in the order of attribution patching on ``select``, judged on ``test``.
-
-    ``half`` is the smallest share of neurons without which at least half of recall is lost, ``half_kept`` the share of
-    held-out accuracy that is then left, ``half_random`` the mean of ``half`` over random orders; ``area`` the mean over
-    shares of the recall lost less the accuracy lost, ``area_random`` the same of random orders. Kept in the run
-    directory.
-    """
-    from memgen_lens.analysis.steering.ranked import Subject, counts_of, order_of, without_first
-    from memgen_lens.core.errors import PairsError
-
-    path = Path(directory) / "ablation.json"
+def looked_at(directory: str) -> dict[str, float | None]:
+    """What `STEERED` says of a run, chosen on ``select`` and ``tune`` and told of ``test``; kept in its directory."""
+    path = Path(directory) / "switch.json"
     if path.exists():
         return read_json(path)
-    config = read_json(Path(directory) / "config.json")
+    torch.set_num_threads(1)
+    settings = read_json(Path(directory) / "config.json")["settings"]
     model = mg.load_model(Path(directory) / "model")
-    task = mg.Task.from_settings(config["task"])
+    task = mg.tasks.Task.from_settings(settings["task"])
+    found: dict[str, Any] = dict.fromkeys(STEERED)
     try:
-        subject = Subject.of(model, task, "post", seed=config["seed"])
-    except PairsError:
-        found: dict[str, float | None] = dict.fromkeys(ABLATED)
-        write_json(path, found)
-        return found
-    pairs = subject.pairs.take(subject.pairs.of("select"))
-    how: dict[str, Any] = {"split": None, "n_permutations": 0, "progress": False}
-    scores = mg.attribute(model, pairs, "post", method="attribution_patching", **how)
+        pairs = mg.collect_pairs(model, task, seed=settings["seed"], progress=False)
+        found |= shifted(model, task, pairs, settings["seed"]) | ablated(model, task, settings["seed"])
+        where = mg.patching_map(model, pairs, "resid_mid", direction="noising", split="test", progress=False)
+        found |= {"at_answer": float(where.effect[-1, -1]), "where": where.effect.tolist()}
+    except PairsError:  # too little flips to choose on one part and tell of another
+        pass
+    write_json(path, found)
+    return found
+
+
+def shifted(model: Any, task: Any, pairs: mg.PromptPairs, seed: int) -> dict[str, float]:
+    """The shift that is best in either direction."""
+    acts = mg.record(model, pairs, ["resid_mid", "resid_post", "post"], progress=False)
+    how: dict[str, Any] = {"n_heldout": 100, "seed": seed, "progress": False, **GRID}
+    tables = {way: mg.tune_steering(model, task, acts, toward=way, **how).table for way in WAYS}
+    to_rule = tables["generalization"].to_generalization
+    to_memory = tables["memorization"].to_memorization
+    random = to_memory.controls["random_neurons"]
+    return {
+        "to_rule": to_rule.shift["rate"],
+        "to_rule_random": to_rule.controls["random_neurons"]["mean"],
+        "to_rule_other": to_rule.other["rate"],
+        "heldout_steered": tables["generalization"].side_effects.heldout_generalization_steered,
+        "to_memory": to_memory.shift["rate"],
+        "to_memory_random": random["mean"],
+        "to_form": to_memory.memorized_form["rate"],
+        "to_form_random": random["memorized_form"]["mean"],
+    }
+
+
+def ablated(model: Any, task: Any, seed: int) -> dict[str, float | None]:
+    """How many MLP neurons recall needs: zeroed in the order of attribution patching."""
+    subject = Subject.of(model, task, "post", seed=seed)
+    how: dict[str, Any] = {"split": "select", "n_permutations": 0, "progress": False}
+    scores = mg.attribute(model, subject.pairs, "post", method="attribution_patching", **how)
     before = subject.rates("test")
     n = scores.score.size
     counts = counts_of(n)
-    rng = np.random.default_rng(config["seed"])
+    rng = np.random.default_rng(seed)
     curves = []
     for order in (order_of(scores), *(rng.permutation(n) for _ in range(N_ORDERS))):
         lost, kept = without_first(subject, order, counts, scores.score.shape, "test", before)
         place = int(np.argmax(lost >= 0.5)) if (lost >= 0.5).any() else None
         half = 1.0 if place is None else counts[place] / n
-        curves.append((half, float("nan") if place is None else kept[place], float(np.mean(lost - (1 - kept)))))
+        curves.append((half, np.nan if place is None else kept[place], float(np.mean(lost - (1 - kept)))))
     halves, kept_there, areas = np.array(curves).T
-    found = {
+    return {
         "half": float(halves[0]),
         "half_kept": None if np.isnan(kept_there[0]) else float(kept_there[0]),
         "half_random": float(halves[1:].mean()),
         "area": float(areas[0]),
         "area_random": float(areas[1:].mean()),
     }
-    write_json(path, found)
-    return found
 
 
 def write_table(table: list[dict[str, Any]]) -> None:
-    """Write the rows, numbers with four decimals."""
+    """Write the rows, numbers with four digits; and of the points without a factor changed, where recall is carried."""
     with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *ABLATED])
+        writer = csv.DictWriter(file, [*COLUMNS, *STEERED], extrasaction="ignore")
         writer.writeheader()
         for row in table:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    maps = [
+        {name: row[name] for name in ("answers", "cue", "seed", "where")}
+        for row in table
+        if row.get("where") and is_base(row)
+    ]
+    write_json(MAPS, maps)
 
 
 if __name__ == "__main__":
