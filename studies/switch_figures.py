@@ -41,8 +41,8 @@ WORLDS = {
 }
 FACTORS = {
     "n_memorized": "memorized items",
-    "steps": "steps (exposures)",
-    "share": "memorized share of a batch",
+    "steps": "steps",
+    "share": "share of a batch",
     "loss": "loss on",
     "width": "width",
     "layers": "layers",
@@ -139,7 +139,7 @@ def worlds(rows: Sequence[Row]) -> go.Figure:
                 row=place // 3 + 1,
                 col=place % 3 + 1,
             )
-    plot.update_xaxes(showticklabels=False, ticks="")
+    plot.update_xaxes(showticklabels=False, showgrid=False, ticks="", range=[-0.5, len(WORLDS) - 0.5])
     plot.update_yaxes(range=[-0.1, 1.05])
     return _sized(themed(plot, "Is there a switch? A dot a run", height=520))
 
@@ -174,7 +174,7 @@ def factors(rows: Sequence[Row]) -> go.Figure:
                     row=line_row,
                     col=column,
                 )
-    plot.update_xaxes(type="category")
+    plot.update_xaxes(type="category", tickangle=0, tickfont={"size": 10})
     plot.update_yaxes(range=[-0.1, 1.05])
     for line_row, measure in enumerate(measures, 1):
         plot.update_yaxes(title_text=MEASURES[measure][0], row=line_row, col=1)
@@ -222,10 +222,11 @@ def where(maps: Sequence[Row]) -> go.Figure:
         tokens = [*(["word"] if kind[1] == "word" else []), *"12+34="]
         plot.add_heatmap(
             z=effect,
-            x=[f"{i} {token}" for i, token in enumerate(tokens)],
+            x=[f"{token}<br>{i}" for i, token in enumerate(tokens)],
             y=[f"block {layer}" for layer in range(len(effect))],
             text=np.round(effect, 2).astype(str),
             texttemplate="%{text}",
+            textfont={"size": 10},
             zmin=-1,
             zmax=1,
             colorscale=DIVERGING,
@@ -233,7 +234,8 @@ def where(maps: Sequence[Row]) -> go.Figure:
             row=place // 3 + 1,
             col=place % 3 + 1,
         )
-    return _sized(themed(plot, "Where recall is carried: patched with the computing prompt", height=480))
+    plot.update_xaxes(type="category")
+    return _sized(themed(plot, "Where recall is carried", height=480))
 
 
 def _sized(figure: go.Figure) -> go.Figure:

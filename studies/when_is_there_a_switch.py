@@ -159,7 +159,7 @@ def points() -> list[dict[str, Any]]:
 
 def rows(runs: mg.Runs, n_jobs: int) -> list[dict[str, Any]]:
     """The table: a row a run; figures of a run in which too little flips are empty."""
-    done = [row for row in runs.rows if row["status"] == "done"]
+    done = [row for row in runs.table if row["status"] == "done"]
     found = Parallel(n_jobs=n_jobs)(delayed(looked_at)(row["directory"]) for row in done)
     table = []
     for row, more in zip(done, found, strict=True):
