@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memgen_lens.analysis.recitation.texts import CutTexts, cut_texts, in_parts, nll_of, suffix_logits
 from memgen_lens.analysis.steering.controls import control_draws
-from memgen_lens.analysis.steering.generation import in_blocks
+from memgen_lens.analysis.steering.generation import alike, in_blocks
 from memgen_lens.analysis.steering.steering import Steering, steering_hooks
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
@@ -99,7 +99,7 @@ def recitation_under_steering(
     if k > suffix_tokens or any(steer.setting.mode == "patch" for steer in many):
         raise SettingsError(
             call,
-            expected=f"k of at most {suffix_tokens}, and steerings that shift or follow a rule",
+            expected=f"k of at most {suffix_tokens}, and steerings that do not patch",
             received=f"k={k}, modes {', '.join(dict.fromkeys(steer.setting.mode for steer in many))}",
             fix="Texts have no paired prompt to patch from: use Steering.from_scores(mode='shift').",
         )
@@ -193,16 +193,13 @@ def _measured(
     right = np.zeros((n, *own.suffix.shape), dtype=bool)
     nll, other_nll = np.zeros((n, *own.suffix.shape)), np.zeros((n, *other.suffix.shape))
     kl = np.zeros((n, *other.suffix.shape))
-    kinds: dict[tuple[Any, ...], list[int]] = {}
-    for i, steer in enumerate(steerings):
-        ruled = (steer.setting.mode, steer.setting.size) if steer.rules is not None else ("shift",)
-        kinds.setdefault((steer.setting.site, steer.setting.positions, *ruled), []).append(i)
+    kinds = alike(steerings)
     for texts, is_own in ((own, True), (other, False)):
-        at_once = min(COPIES_AT_ONCE, max(map(len, kinds.values()), default=1))
+        at_once = min(COPIES_AT_ONCE, max(map(len, kinds), default=1))
         for some in in_parts(model, texts, copies=at_once):
             part = texts.take(some)
             plain = suffix_logits(model, part)
-            steered = _each(model, part, steerings, kinds.values(), at_once, toward)
+            steered = _each(model, part, steerings, kinds, at_once, toward)
             for place, logits in chain([(0, plain)], steered):
                 lost = nll_of(logits, part.suffix).double().cpu().numpy()
                 if is_own:

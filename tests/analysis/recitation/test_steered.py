@@ -79,6 +79,32 @@ def test_what_is_counted_in_one_pass_is_what_generation_under_the_steering_says(
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_steerings_of_many_kinds_at_once_do_what_each_does_alone():
+    model = planted.random_model()
+    many_texts = planted.own_texts(model, 24)
+    pairs = mg.collect_recitation_pairs(
+        model, many_texts, planted.unordered(24), prefix_tokens=[PREFIX], suffix_tokens=SUFFIX
+    )
+    texts = many_texts[:6]
+    acts = mg.record(model, pairs, ["resid_post"], progress=False)
+    score = mg.attribute(acts, "resid_post", split=None)
+    many = [
+        mg.Steering.from_scores(score, 0.5, 1.0, layers=[1]),
+        mg.Steering.from_scores(score, 0.5, mode="clamp", source=acts, layers=[1]),
+        mg.Steering.from_scores(score, 0.5, 0.5, mode="scale", source=acts, layers=[1]),
+        mg.Steering.from_scores(score, 0.3, mode="ablate", layers=[1]),
+        mg.Steering.from_scores(score, 0.5, 2.0, layers=[1]),
+    ]
+    how = {"other_texts": texts[:3], "n_controls": 0, **HOW}
+    together = mg.recitation_under_steering(model, texts, many, **how).points
+    alone = [mg.recitation_under_steering(model, texts, one, **how).points[0] for one in many]
+    for one, other in zip(together, alone, strict=True):
+        assert one.setting == other.setting
+        assert one.recited["rate"] == other.recited["rate"]
+        assert one.perplexity == pytest.approx(other.perplexity, rel=1e-4)
+    assert len({round(one.perplexity, 4) for one in alone}) == len(many)
+
+
 def test_a_hook_written_by_hand_gives_the_same_logits():
     model = planted.random_model()
     texts = cut_texts(
