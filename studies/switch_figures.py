@@ -281,6 +281,7 @@ def _cell(found: tuple[float, float, int]) -> str:
     value, half, n = found
     if not n:
         return "–"
+    value = round(value, 2) + 0.0  # no minus before nothing
     return f"{value:.2f} ± {half:.2f}" + (f" ({n})" if n < 3 else "") if n > 1 else f"{value:.2f} (1)"
 
 

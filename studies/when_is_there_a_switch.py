@@ -12,6 +12,7 @@ how strongly its weights decay. Then the cue is another, or lies. Seeds give tas
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def looked_at(directory: str) -> dict[str, float | None]:
         pairs = mg.collect_pairs(model, task, seed=settings["seed"], progress=False)
         found |= shifted(model, task, pairs, settings["seed"]) | ablated(model, task, settings["seed"])
         where = mg.patching_map(model, pairs, "resid_mid", direction="noising", split="test", progress=False)
-        found |= {"at_answer": float(where.effect[-1, -1]), "where": where.effect.tolist()}
+        found |= {"at_answer": float(where.effect[-1, -1]), "where": where.effect.round(3).tolist()}
     except PairsError:  # too little flips to choose on one part and tell of another
         pass
     write_json(path, found)
@@ -245,7 +246,7 @@ def write_table(table: list[dict[str, Any]]) -> None:
         for row in table
         if row.get("where") and is_base(row)
     ]
-    write_json(MAPS, maps)
+    MAPS.write_text(json.dumps(maps) + "\n")
 
 
 if __name__ == "__main__":
