@@ -80,11 +80,7 @@ _QUICKSTART = ExperimentConfig(
         max_steps=1200,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(
-        sites=("resid_post", "post", "resid_mid"),
-        methods=("pearson", "nmd", "attribution_patching"),
-        mode_and_content=True,
-    ),
+    analysis=AnalysisConfig(methods=("pearson", "nmd", "attribution_patching"), mode_and_content=True),
 )
 
 _CIPHERTEXT = ExperimentConfig(
