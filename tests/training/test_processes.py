@@ -184,7 +184,7 @@ def test_a_process_that_dies_is_told_of_within_seconds(killed):
     )
     assert "has died or ended" in found["error"] and "resume=True (--resume)" in found["error"]
     assert found["at"] - float((killed / "died").read_text()) < 30
-    assert found["then"] == found["error"] and found["left"] - found["at"] < 1, "a lost run is not begun anew"
+    assert found["then"] == found["error"] and found["left"] - found["at"] < 10, "a lost run is not begun anew"
     steps = sorted(path.name for path in (killed / "run" / "checkpoints").glob("step-*"))
     assert steps == ["step-000010", "step-000020"]
     assert not (killed / "run" / ".memgen_lens.lock").exists()
