@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from scipy.stats import t
 
+from memgen_lens.core.stats import mean_over_seeds
 from memgen_lens.viz.theme import DIVERGING, SITE_COLORS, themed
 
 Row = dict[str, Any]
@@ -84,9 +84,11 @@ def mean(rows: Sequence[Row], measure: str) -> tuple[float, float, int]:
 
 
 def _mean(values: np.ndarray) -> tuple[float, float, int]:
-    n = len(values)
-    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-    return (float(values.mean()) if n else float("nan")), half, n
+    """NaN in place of an interval for a single seed, and where all are the same."""
+    if not len(values):
+        return float("nan"), float("nan"), 0
+    mean, ci95 = mean_over_seeds(values, (-np.inf, np.inf))
+    return mean, ci95[1] - mean if ci95 else float("nan"), len(values)
 
 
 def between(
@@ -281,8 +283,8 @@ def _cell(found: tuple[float, float, int]) -> str:
     value, half, n = found
     if not n:
         return "–"
-    value = round(value, 2) + 0.0  # no minus before nothing
-    return f"{value:.2f} ± {half:.2f}" + (f" ({n})" if n < 3 else "") if n > 1 else f"{value:.2f} (1)"
+    shown = f"{round(value, 2) + 0.0:.2f}"  # no minus before nothing
+    return shown + ("" if np.isnan(half) else f" ± {half:.2f}") + (f" ({n})" if n < 3 else "")
 
 
 if __name__ == "__main__":
