@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from memgen_lens.core.config import AnalysisConfig, AnyTraining, FinetuneConfig, ModelConfig, Plant, TrainConfig
 from memgen_lens.core.errors import SettingsError
 from memgen_lens.core.settings import MAX_SEED, Settings
+from memgen_lens.core.types import Method
 from memgen_lens.tasks import Addition, AnyTask, Ciphertext, InContextInference, Mixture
 
 
@@ -70,6 +71,9 @@ class ExperimentConfig(Settings):
         return self.but(task=self.task.seeded(self.seed), train=self.train.but(seed=self.seed))
 
 
+_METHODS: tuple[Method, ...] = ("pearson", "nmd", "attribution_patching")
+"""The paper's two rankings and a causal one: which neurons are steered is settled on ``tune``, preset by preset."""
+
 _QUICKSTART = ExperimentConfig(
     preset="quickstart",
     about="two-digit addition; some sums are random strings",
@@ -80,7 +84,7 @@ _QUICKSTART = ExperimentConfig(
         max_steps=1200,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(methods=("pearson", "nmd", "attribution_patching"), mode_and_content=True),
+    analysis=AnalysisConfig(methods=_METHODS, mode_and_content=True),
 )
 
 _CIPHERTEXT = ExperimentConfig(
@@ -93,6 +97,7 @@ _CIPHERTEXT = ExperimentConfig(
         max_steps=1500,
         target_generalization=0.985,
     ),
+    analysis=AnalysisConfig(methods=_METHODS),
 )
 
 _INFERENCE = ExperimentConfig(
@@ -111,7 +116,7 @@ _INFERENCE = ExperimentConfig(
         eval_every=500,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(toward="generalization", fitted=("clusters", "low_rank")),
+    analysis=AnalysisConfig(methods=_METHODS, toward="generalization", fitted=("clusters", "low_rank")),
 )
 
 # Answers of one token, as methods look at the answer position alone: of a string's later tokens they see nothing.
@@ -161,7 +166,7 @@ _INFERENCE_CUED = ExperimentConfig(
         target_memorization=1.0,
     ),
     analysis=AnalysisConfig(
-        sites=("z", "resid_mid", "resid_post", "post"), alphas=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+        methods=_METHODS, sites=("z", "resid_mid", "resid_post", "post"), alphas=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
     ),
 )
 
@@ -180,6 +185,7 @@ _MIXTURE = ExperimentConfig(
         target_generalization=0.985,
         target_memorization=1.0,
     ),
+    analysis=AnalysisConfig(methods=_METHODS),
 )
 
 _GPT2_TRAINING = TrainConfig(
@@ -262,7 +268,7 @@ _LLAMA = _SMOLLM2.but(
     train=FinetuneConfig(
         max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
     ),
-    analysis=AnalysisConfig(toward="generalization"),
+    analysis=AnalysisConfig(methods=_METHODS, toward="generalization"),
 )
 
 PRESETS: dict[str, ExperimentConfig] = {

@@ -24,7 +24,7 @@ from memgen_lens.analysis import (
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.analysis.neurons.look import look_at
-from memgen_lens.analysis.steering.tune import score_of
+from memgen_lens.analysis.steering.tune import ranked
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
 from memgen_lens.core.guard_records import GuardTable
@@ -120,13 +120,10 @@ def steer(
     """Choose every steering on ``tune``, report them on ``test``, and see which layers matter; save all."""
     analysis, task, pairs = config.analysis, config.task, acts.pairs
     how = {"batch_size": analysis.batch_size, "progress": progress}
-    ranked = {(site, "pearson"): scores[site] for site in analysis.sites} | {
-        (site, method): score_of(model, acts, site, method, seed=config.seed, **how)
-        for site in analysis.sites
-        for method in analysis.methods
-        if method != "pearson"
-    }
-    candidates = [ranked[site, method] for site in analysis.sites for method in analysis.methods]
+    others = [method for method in analysis.methods if method != "pearson"]  # by which scores are here, with their test
+    by_score = {(site, "pearson"): scores[site] for site in analysis.sites}
+    by_score |= ranked(model, acts, analysis.sites, others, seed=config.seed, **how)
+    candidates = [by_score[site, method] for site in analysis.sites for method in analysis.methods]
     shared = {"top_fractions": analysis.top_fractions, **how}
     grid = {"alphas": analysis.alphas, "positions": analysis.positions, **shared}
     say("choosing site, ranking, fraction and alpha on the tune pairs")
@@ -139,7 +136,7 @@ def steer(
         rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
     say("steering the test pairs, with controls")
     chosen = {
-        mode: _steering(choose_setting(swept, toward=analysis.toward).setting, ranked, acts, seed=config.seed)
+        mode: _steering(choose_setting(swept, toward=analysis.toward).setting, by_score, acts, seed=config.seed)
         for mode, swept in rows.items()
     }
     controls = {"n_controls": analysis.n_controls, "seed": config.seed}
@@ -153,7 +150,7 @@ def steer(
         model,
         task,
         pairs,
-        ranked[shift.site, str(shift.method)],
+        by_score[shift.site, str(shift.method)],
         top_fractions=(shift.top_fraction,),
         alphas=(shift.alpha or 1.0,),
         positions=(shift.positions,),

@@ -25,14 +25,7 @@ from memgen_lens.analysis.attribution.contrast import Metric
 from memgen_lens.analysis.attribution.effects import CALL, explained
 from memgen_lens.analysis.attribution.methods import CAUSAL, observed
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.attribution.streaming import (
-    PAIRS_A_BLOCK,
-    by_item,
-    pairs_of,
-    places_of,
-    require_permutations,
-    scores_of,
-)
+from memgen_lens.analysis.attribution.scored import by_item, pairs_of, places_of, require_permutations, scores_of
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.core import arguments as kinds
@@ -41,6 +34,8 @@ from memgen_lens.core.pairs import PairSplit, PromptPairs
 from memgen_lens.core.progress import progress_bar
 from memgen_lens.core.records import Activations, NeuronScores
 from memgen_lens.core.types import LensModel, Method
+
+PAIRS_A_BLOCK = 1024
 
 
 @arguments(
@@ -168,7 +163,7 @@ def attribute(
         return _of_activations(acts, site, method, seed=seed, progress=progress, **counts)
     how = how_to_run(metric, baseline, n_steps, groups, batch_size, seed, progress)
     with torch.inference_mode(False):  # where the caller keeps no gradients, ours are
-        return explained(source, pairs, site, method, how, **counts)
+        return explained(source, pairs, [site], method, how, **counts)[site]
 
 
 def _of_activations(

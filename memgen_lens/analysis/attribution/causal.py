@@ -3,7 +3,7 @@
 Does not test nor rank: `attribute` makes scores of what each pair says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,13 +64,8 @@ class Explainer:
     groups: np.ndarray | None = None
     done: Callable[[int], Any] = lambda n: None
 
-    def attribution_patching(self, sides: Sides) -> Effects:
-        """Mean of both prompts' gradients, times the difference."""
-        slopes = [self._asked(sides, side, lambda a, rows: gradients(self.contrast, a, self.hooks)) for side in SIDES]
-        return _array((slopes[0] + slopes[1]) / 2 * sides.difference)
-
     def attribution_patching_ig(self, sides: Sides) -> Effects:
-        """The same with gradients averaged on the way from one prompt's activation to the other's."""
+        """Attribution patching with gradients averaged on the way from one prompt's activation to the other's."""
 
         def slope(asked: Asked, rows: Tensor) -> Tensor:
             ends = sides.generalized[rows], sides.memorized[rows]
@@ -120,6 +115,20 @@ class Explainer:
             return change[:, torch.from_numpy(places.reshape(shape)).to(change.device)]
 
         return self._asked(sides, side, found)
+
+
+def attribution_patching(explainers: Mapping[str, Explainer], sides: Mapping[str, Sides]) -> dict[str, Effects]:
+    """Mean of both prompts' gradients, times the difference: all layers of all sites in one backward pass a batch."""
+    slopes = {site: torch.zeros_like(each.memorized) for site, each in sides.items()}
+    places = [(site, layer, name) for site in sides for layer, name in enumerate(explainers[site].hooks)]
+    first, some = next((explainers[site], each) for site, each in sides.items())
+    for side in SIDES:
+        for asked in first.contrast.asked(some.pairs, side, some.answers, batch_size=first.batch_size):
+            found = gradients(first.contrast, asked, [name for *_, name in places])
+            rows = torch.tensor(asked.index, device=some.memorized.device)
+            for (site, layer, _), slope in zip(places, found, strict=True):
+                slopes[site][rows, layer] += (slope / 2).to(slopes[site])
+    return {site: _array(slopes[site] * each.difference) for site, each in sides.items()}
 
 
 def _array(values: Tensor) -> Effects:

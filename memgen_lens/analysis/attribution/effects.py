@@ -3,7 +3,7 @@
 Does not know how a method works (`causal`), nor what a user may ask for (`attribute`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 
 from memgen_lens.analysis.attribution.answers import Answers, answers_of
 from memgen_lens.analysis.attribution.bootstrap import Bootstrap
-from memgen_lens.analysis.attribution.causal import Baseline, Effects, Explainer, Sides
+from memgen_lens.analysis.attribution.causal import Baseline, Effects, Explainer, Sides, attribution_patching
 from memgen_lens.analysis.attribution.contrast import Contrast, Metric
 from memgen_lens.analysis.attribution.methods import EXACT
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.attribution.streaming import by_item, pairs_of, places_of, scores_of
+from memgen_lens.analysis.attribution.scored import by_item, pairs_of, places_of, scores_of
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.analysis.recording.reading import recorded_blocks
 from memgen_lens.core.errors import PairsError, SettingsError
@@ -59,115 +59,168 @@ class Found:
 
     Attributes:
         rows: Their places among all.
-        sides: The pairs and their activations.
-        effects: Of every neuron in each pair, positive = towards memorization.
+        sides: By site, the pairs and their activations.
+        effects: By site, of every neuron in each pair, positive = towards memorization.
     """
 
     rows: slice
-    sides: Sides
-    effects: Effects
+    sides: dict[str, Sides]
+    effects: dict[str, Effects]
 
 
 def found_effects(
-    model: LensModel, scored: PromptPairs, site: str, method: Causal, how: How, *, call: str = CALL
+    model: LensModel, scored: PromptPairs, sites: Sequence[str], method: Causal, how: How, *, call: str = CALL
 ) -> Iterator[Found]:
     """What a causal method says of each pair, block by block in their order; nothing is kept of those before."""
     size = how.batch_size
     answers = _no_answers(scored) if how.metric else answers_of(model, scored, batch_size=size, call=call)
-    blocks = _Blocks(model, scored, site, answers, size, call)
+    blocks = _Blocks(model, scored, sites, answers, size, call)
     n_runs = 0
     if method in EXACT:
-        shape = blocks.shape
-        _require_shape(how.groups, shape, call)
-        n_groups = int(np.prod(shape)) if how.groups is None else len(np.unique(how.groups[how.groups >= 0]))
+        shapes = blocks.shapes
+        for shape in shapes.values():
+            _require_shape(how.groups, shape, call)
+        groups = None if how.groups is None else len(np.unique(how.groups[how.groups >= 0]))
+        n_groups = sum(int(np.prod(shape)) if groups is None else groups for shape in shapes.values())
         n_runs = n_groups * len(scored) * (2 if method == "patching" else 1)
     replaced = _replacement(blocks, how.baseline, how.seed) if method == "ablation" else None
-    with progress_bar(n_runs or len(scored), f"{method} of {site}", shown=how.progress) as bar:
+    with progress_bar(n_runs or len(scored), f"{method} of {', '.join(sites)}", shown=how.progress) as bar:
         count = bar.update if n_runs else lambda n: None
         contrast = Contrast(model, how.metric)
-        explainer = Explainer(contrast, site_hooks(model, site), size, how.n_steps, how.groups, count)
+        explainers = {
+            site: Explainer(contrast, site_hooks(model, site), size, how.n_steps, how.groups, count) for site in sites
+        }
         for rows, sides in blocks:
-            if replaced is not None:
-                found = explainer.ablation(sides, replaced(rows, sides))
+            found: dict[str, Effects]
+            if method == "attribution_patching":
+                found = attribution_patching(explainers, sides)
+            elif replaced is not None:
+                found = {
+                    site: explainers[site].ablation(sides[site], replaced(site, rows, sides[site])) for site in sites
+                }
             else:
-                found: Effects = getattr(explainer, method)(sides)
-            require_finite(call, f"effects at {site}", [found, found], sides.pairs)  # of both prompts of a pair
+                found = {site: getattr(explainers[site], method)(sides[site]) for site in sites}
+            for site, effects in found.items():
+                # Of both prompts of a pair.
+                require_finite(call, f"effects at {site}", [effects, effects], sides[site].pairs)
             yield Found(rows, sides, found)
-            bar.update(0 if n_runs else len(sides.pairs))
+            bar.update(0 if n_runs else rows.stop - rows.start)
 
 
 def explained(
     model: LensModel,
     pairs: PromptPairs,
-    site: str,
+    sites: Sequence[str],
     method: Causal,
     how: How,
     *,
     split: PairSplit | None,
     n_permutations: int,
     n_resamples: int,
-) -> NeuronScores:
-    """Scores by a causal method; see `memgen_lens.attribute`."""
-    index = by_item(pairs, pairs_of(pairs, split, call=CALL))
+    call: str = CALL,
+) -> dict[str, NeuronScores]:
+    """By site, scores by a causal method; see `memgen_lens.attribute`."""
+    index = by_item(pairs, pairs_of(pairs, split, call=call))
     scored, places = pairs.take(index), places_of(pairs, index)
-    moments, effects = (PairMoments(n_permutations=n, seed=how.seed) for n in (0, n_permutations))
-    bootstrap = Bootstrap(n_resamples, int(places[-1]) + 1, seed=how.seed, method="nmd")
+    n_items = int(places[-1]) + 1
+    totals = {
+        site: _Total(
+            PairMoments(n_permutations=0, seed=how.seed),
+            PairMoments(n_permutations=n_permutations, seed=how.seed),
+            Bootstrap(n_resamples, n_items, seed=how.seed, method="nmd"),
+        )
+        for site in sites
+    }
+    for found in found_effects(model, scored, sites, method, how, call=call):
+        for site, total in totals.items():
+            total.add(found.sides[site], found.effects[site], places[found.rows])
+    return {site: total.scores(site, method, n_items) for site, total in totals.items()}
+
+
+@dataclass
+class _Total:
+    """What all pairs say of one site.
+
+    Attributes:
+        moments: Of its activations.
+        effects: Of its neurons' effects.
+        bootstrap: Of these, resampled.
+        shape: Layers and neurons.
+    """
+
+    moments: PairMoments
+    effects: PairMoments
+    bootstrap: Bootstrap
     shape: tuple[int, ...] = ()
-    for found in found_effects(model, scored, site, method, how):
-        sides, effect = found.sides, found.effects
-        shape, items = effect.shape[1:], places[found.rows]
-        moments.add(sides.memorized.cpu().numpy(), sides.generalized.cpu().numpy())
-        effects.add(effect, np.zeros_like(effect), items)
-        bootstrap.add(effect, None, items)
-    scores = scores_of(site, moments, shape, int(places[-1]) + 1, method, effects.nmd.reshape(shape), effects)
-    return replace(scores, ci95=bootstrap.ci95(effects.constant, shape))
+
+    def add(self, sides: Sides, effects: Effects, items: Int[np.ndarray, " pair"]) -> None:
+        self.shape = effects.shape[1:]
+        self.moments.add(sides.memorized.cpu().numpy(), sides.generalized.cpu().numpy())
+        self.effects.add(effects, np.zeros_like(effects), items)
+        self.bootstrap.add(effects, None, items)
+
+    def scores(self, site: str, method: Causal, n_items: int) -> NeuronScores:
+        mean = self.effects.nmd.reshape(self.shape)
+        scores = scores_of(site, self.moments, self.shape, n_items, method, mean, self.effects)
+        return replace(scores, ci95=self.bootstrap.ci95(self.effects.constant, self.shape))
 
 
 class _Blocks:
     """Some consecutive pairs after others, with their activations; nothing is kept of those before."""
 
     def __init__(
-        self, model: LensModel, pairs: PromptPairs, site: str, answers: Answers, batch_size: int, call: str
+        self, model: LensModel, pairs: PromptPairs, sites: Sequence[str], answers: Answers, batch_size: int, call: str
     ) -> None:
-        self.model, self.pairs, self.site, self.answers = model, pairs, site, answers
+        self.model, self.pairs, self.sites, self.answers = model, pairs, sites, answers
         self.how: dict[str, Any] = {"batch_size": 2 * batch_size, "call": call}
         self.device = next(iter(model.parameters())).device
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Layers and neurons of the site."""
-        first = next(recorded_blocks(self.model, self.pairs.take(np.array([0])), [self.site], **self.how))
-        return first.sides[self.site].shape[2:]
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Layers and neurons of each site."""
+        first = next(recorded_blocks(self.model, self.pairs.take(np.array([0])), self.sites, **self.how))
+        return {site: first.sides[site].shape[2:] for site in self.sites}
 
-    def values(self) -> Iterator[Float[np.ndarray, "2 pair layer neuron"]]:
-        """Activations alone."""
-        for block in recorded_blocks(self.model, self.pairs, [self.site], **self.how):
-            yield block.sides[self.site]
+    def values(self) -> Iterator[Mapping[str, Float[np.ndarray, "2 pair layer neuron"]]]:
+        """Activations alone, by site."""
+        for block in recorded_blocks(self.model, self.pairs, self.sites, **self.how):
+            yield block.sides
 
-    def __iter__(self) -> Iterator[tuple[slice, Sides]]:
+    def __iter__(self) -> Iterator[tuple[slice, dict[str, Sides]]]:
         first = 0
         for both in self.values():
-            rows = slice(first, first + both.shape[1])
+            rows = slice(first, first + both[self.sites[0]].shape[1])
             first = rows.stop
-            mem, gen = (torch.from_numpy(side.copy()).to(self.device) for side in both)
-            yield rows, Sides(self.pairs.take(np.arange(rows.start, rows.stop)), self.answers[rows], mem, gen)
+            pairs, answers = self.pairs.take(np.arange(rows.start, rows.stop)), self.answers[rows]
+            yield (
+                rows,
+                {
+                    site: Sides(pairs, answers, *(torch.from_numpy(side.copy()).to(self.device) for side in both[site]))
+                    for site in self.sites
+                },
+            )
 
 
-_Replacement = Callable[[slice, Sides], torch.Tensor]
-"""What stands for ablated neurons of the pairs at some places, ``[pair, layer, neuron]``."""
+_Replacement = Callable[[str, slice, Sides], torch.Tensor]
+"""What stands for ablated neurons of a site, of the pairs at some places, ``[pair, layer, neuron]``."""
 
 
 def _replacement(blocks: _Blocks, baseline: Baseline, seed: int) -> _Replacement:
     """What stands for ablated neurons."""
     if baseline == "zero":
-        return lambda rows, sides: torch.zeros_like(sides.memorized)
+        return lambda site, rows, sides: torch.zeros_like(sides.memorized)
     if baseline == "mean":
-        total = sum(both.astype(np.float64).sum((0, 1)) for both in blocks.values())
-        mean = torch.from_numpy((np.asarray(total) / (2 * len(blocks.pairs))).astype(np.float32))
-        return lambda rows, sides: mean.to(sides.memorized).expand_as(sides.memorized)
+        total: dict[str, Any] = dict.fromkeys(blocks.sites, 0.0)
+        for both in blocks.values():
+            total = {site: total[site] + both[site].astype(np.float64).sum((0, 1)) for site in blocks.sites}
+        mean = {
+            site: torch.from_numpy((each / (2 * len(blocks.pairs))).astype(np.float32)) for site, each in total.items()
+        }
+        return lambda site, rows, sides: mean[site].to(sides.memorized).expand_as(sides.memorized)
     others = _others(blocks.pairs.item, np.random.default_rng(seed), blocks.how["call"])
-    memorized = np.concatenate([both[0].copy() for both in blocks.values()])
-    return lambda rows, sides: torch.from_numpy(memorized[others[rows]]).to(sides.memorized)
+    kept = [{site: both[site][0].copy() for site in blocks.sites} for both in blocks.values()]
+    memorized = {site: np.concatenate([block[site] for block in kept]) for site in blocks.sites}
+    return lambda site, rows, sides: torch.from_numpy(memorized[site][others[rows]]).to(sides.memorized)
 
 
 def _others(items: Int[np.ndarray, " pair"], rng: np.random.Generator, call: str) -> Int[np.ndarray, " pair"]:

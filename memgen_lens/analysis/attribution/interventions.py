@@ -1,7 +1,7 @@
 """A neuron's effect on the contrast of a prompt: by gradients for all neurons at once, or exactly, one at a time.
 
-Each function takes prompts that have been asked (`contrast`), and gives one number a prompt, layer and neuron. Does not
-know pairs nor scores.
+Each function takes prompts that have been asked (`contrast`), and gives one number a prompt and neuron. Does not know
+pairs nor scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from memgen_lens.fast.decoding import Change
 Values = Float[Tensor, "batch layer neuron"]
 
 
-def gradients(contrast: Contrast, asked: Asked, hooks: Sequence[str]) -> Values:
-    """Gradient of the contrast by the activation at the answer position, all layers in one backward pass."""
+def gradients(contrast: Contrast, asked: Asked, hooks: Sequence[str]) -> list[Float[Tensor, "batch neuron"]]:
+    """Gradient of the contrast by each hook point's activation at the answer position, all in one backward pass."""
     deltas: dict[str, Tensor] = {}
 
     def adding(name: str) -> Callable[..., Tensor]:
@@ -38,7 +38,7 @@ def gradients(contrast: Contrast, asked: Asked, hooks: Sequence[str]) -> Values:
         value = contrast.of(asked, [(name, adding(name)) for name in hooks])
         _require_reached(hooks, deltas)
         found = _grad(value.sum(), [deltas[name] for name in hooks], hooks)
-    return torch.stack([_summed(gradient, 1, asked)[0] for gradient in found], dim=1)
+    return [_summed(gradient, 1, asked)[0] for gradient in found]
 
 
 def path_gradients(

@@ -39,14 +39,8 @@ def observed(
         moments: Moments of these very pairs.
     """
     shape = recorded.memorized.shape[1:]
-    from_moments: dict[str, Callable[[PairMoments], np.ndarray]] = {
-        "nmd": lambda m: m.nmd,
-        "pearson": lambda m: m.rho,
-        "welch_t": _welch_t,
-        "cohens_d": _cohens_d,
-    }
-    if method in from_moments:
-        return from_moments[method](moments).reshape(shape)
+    if method in FROM_MOMENTS:
+        return FROM_MOMENTS[method](moments).reshape(shape)
     by_layer = {"auroc": _auroc, "probe_weights": _probe_weights}[method]
     layers = [by_layer(*(side[index, layer] for side in _sides(recorded))) for layer in range(shape[0])]
     return np.where(moments.constant.reshape(shape), 0.0, np.stack(layers))
@@ -94,3 +88,12 @@ def _probe_weights(
     labels = np.repeat([True, False], len(mem))
     probe: Any = fit_probe(np.concatenate([mem, gen]), labels)
     return probe[-1].coef_[0]
+
+
+FROM_MOMENTS: dict[str, Callable[[PairMoments], Float[np.ndarray, " neuron"]]] = {
+    "nmd": lambda moments: moments.nmd,
+    "pearson": lambda moments: moments.rho,
+    "welch_t": _welch_t,
+    "cohens_d": _cohens_d,
+}
+"""Methods that need no more than running moments, so that no activation is kept."""

@@ -26,7 +26,7 @@ from memgen_lens.analysis.attribution.contrast import Metric
 from memgen_lens.analysis.attribution.effects import How, found_effects
 from memgen_lens.analysis.attribution.methods import CAUSAL
 from memgen_lens.analysis.attribution.resampled import WeightedSums, Weighting, reweighted
-from memgen_lens.analysis.attribution.streaming import by_item, correlation, places_of
+from memgen_lens.analysis.attribution.scored import by_item, correlation, places_of
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.finite import require_finite
 from memgen_lens.core import arguments as kinds
@@ -230,9 +230,10 @@ def _causal(
 ) -> tuple[Blocks, Bool[np.ndarray, " neuron"]]:
     sums = WeightedSums(halvings.weighting(slice(None)), means_alone=True)
     acts: Any = False
-    for found in found_effects(model, pairs, site, method, how, call=CALL):
-        sums.add(found.effects, None, places[found.rows])
-        acts |= (found.effects != 0).any(0).ravel()
+    for found in found_effects(model, pairs, [site], method, how, call=CALL):
+        effects = found.effects[site]
+        sums.add(effects, None, places[found.rows])
+        acts |= (effects != 0).any(0).ravel()
     scores = sums.scores("nmd").reshape(4, len(halvings.first), -1)
     some = [slice(done, done + SPLITS_A_BLOCK) for done in range(0, len(halvings.first), SPLITS_A_BLOCK)]
     return (scores[:, block].reshape(-1, scores.shape[2]) for block in some), acts

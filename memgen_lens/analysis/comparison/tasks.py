@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 
 from memgen_lens.analysis.attribution.attribute import attribute
 from memgen_lens.analysis.attribution.resampled import weighted_rho
-from memgen_lens.analysis.attribution.streaming import correlation
+from memgen_lens.analysis.attribution.scored import correlation
 from memgen_lens.analysis.probing.probes import fit_probes, score_probe
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.judge import Judge

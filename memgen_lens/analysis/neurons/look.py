@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from memgen_lens.analysis.attribution.answers import Answers, answers_of
 from memgen_lens.analysis.attribution.contrast import Contrast, Metric
 from memgen_lens.analysis.attribution.interventions import changes
-from memgen_lens.analysis.attribution.streaming import pairs_of
+from memgen_lens.analysis.attribution.scored import pairs_of
 from memgen_lens.analysis.neurons.changed import Scaled, changed_outputs
 from memgen_lens.analysis.recording.finite import SIDES
 from memgen_lens.analysis.recording.judge import Judge

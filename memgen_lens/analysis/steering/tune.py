@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from memgen_lens.analysis.attribution.attribute import attribute
 from memgen_lens.analysis.attribution.methods import CAUSAL
+from memgen_lens.analysis.attribution.streaming import attribute_streaming
 from memgen_lens.analysis.recording.activations import record
 from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.evaluation import evaluate_steering, plain_rate
@@ -129,16 +130,15 @@ def tune_steering(
     else:
         acts = record(model, pairs, list(sites or SITES), batch_size=batch_size, progress=progress)
     how = {"batch_size": batch_size, "progress": progress}
-    scores = [
-        score_of(model, acts, site, method, seed=seed, **how) for site in (sites or acts.sites) for method in methods
-    ]
+    looked_at = list(sites or acts.sites)
+    scores = ranked(model, acts, looked_at, methods, seed=seed, **how)
     grid = {"top_fractions": top_fractions, "alphas": alphas, "layers": layers, "positions": positions}
     tried = [
         candidate
         for kind in kinds
         for how_ablated in (ablations if kind == "ablate" else (None,))
         for candidate in candidates(
-            scores, mode=kind, how=how_ablated, source=acts, sizes=sizes, seed=seed, call=CALL, **grid
+            list(scores.values()), mode=kind, how=how_ablated, source=acts, sizes=sizes, seed=seed, call=CALL, **grid
         )
     ]
     objective = objective or SteeringObjective()
@@ -159,15 +159,28 @@ def tune_steering(
     )
 
 
-def score_of(
-    model: LensModel, acts: Activations, site: str, method: Method, *, seed: int, batch_size: int, progress: bool
-) -> NeuronScores:
-    """What ranks the neurons of a site, on ``select``; nothing is tested."""
-    how = {"method": method, "n_permutations": 0, "seed": seed}
-    if method in CAUSAL:
-        acts.site(site)
-        return attribute(model, acts.pairs, site, batch_size=min(batch_size, 256), progress=progress, **how)
-    return attribute(acts, site, **how)
+def ranked(
+    model: LensModel,
+    acts: Activations,
+    sites: Sequence[str],
+    methods: Sequence[Method],
+    *,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> dict[tuple[str, Method], NeuronScores]:
+    """What ranks the neurons of each site by each method, on ``select``, site by site; nothing is tested."""
+    how = {"n_permutations": 0, "seed": seed, "progress": progress}
+    found: dict[Method, dict[str, NeuronScores]] = {}
+    for method in methods:
+        if method in CAUSAL:  # all sites together
+            for site in sites:
+                acts.site(site)
+            how_run = {"batch_size": min(batch_size, 256), **how}
+            found[method] = attribute_streaming(model, acts.pairs, sites, method=method, **how_run)
+        else:
+            found[method] = {site: attribute(acts, site, method=method, **how) for site in sites}
+    return {(site, method): found[method][site] for site in sites for method in methods}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.attribution.streaming import sign_flip_test
+from memgen_lens.analysis.attribution.scored import sign_flip_test
 
 N_NEURONS = 12
 

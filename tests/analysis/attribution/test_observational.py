@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.moments import PairMoments
-from memgen_lens.analysis.attribution.streaming import correlation, sign_flip_test
+from memgen_lens.analysis.attribution.scored import correlation, sign_flip_test
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.linear_probe import fit_probe
 from memgen_lens.core.records import Activations, SiteActivations
