@@ -247,6 +247,7 @@ _SMOLLM2 = ExperimentConfig(
         alphas=(0.5, 1.0, 2.0),
         positions=("prompt",),
         toward="generalization",
+        cost_alphas=(),  # some minutes a strength: `mg.steering_cost` does it where that is asked for
     ),
 )
 

@@ -145,7 +145,8 @@ def steer(
     if analysis.cost_alphas:
         say("holding the shift against its cost, strength by strength")
         strengths = [factor * (shift.alpha or 1.0) for factor in analysis.cost_alphas]
-        steering_cost(model, task, pairs, chosen["shift"], alphas=strengths, **controls, **how).save(directory)
+        held = {"alphas": strengths, "toward": analysis.toward, **controls, **how}
+        steering_cost(model, task, pairs, chosen["shift"], **held).save(directory)
     by_layer = sweep_steering(
         model,
         task,

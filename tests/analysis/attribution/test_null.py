@@ -12,7 +12,7 @@ import memgen_lens as mg
 from memgen_lens.analysis.attribution.calls import how_to_run
 from memgen_lens.analysis.attribution.effects import found_effects
 from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT
-from memgen_lens.analysis.attribution.streaming import sign_flip_test
+from memgen_lens.analysis.attribution.scored import sign_flip_test
 from memgen_lens.core.records import Activations, SiteActivations
 
 OF_PROMPTS = ("attribution_patching", "attribution_patching_ig", "patching")
@@ -112,7 +112,7 @@ def test_exchanging_an_items_labels_turns_its_effects_round(method, random_model
     how = how_to_run(None, None, None, None, None, 0, False)
     how = replace(how, **arguments_of(method))
     plain, swapped = (
-        np.concatenate([found.effects for found in found_effects(random_model, pairs, "post", method, how)])
+        np.concatenate([found.effects["post"] for found in found_effects(random_model, pairs, ["post"], method, how)])
         for pairs in (pairs_of(), pairs_of(**{of: swap}))
     )
     sign = np.where(swap[[*range(15), *range(5)]], -1, 1)[:, None, None]
@@ -136,7 +136,7 @@ def test_attribution_patching_finds_nothing_where_prompts_are_called_memorized_a
 def test_causal_methods_find_nothing_where_labels_are_exchanged_at_random(method, random_model):
     """The same by the effects of each pair, which an exchange of labels turns round (as shown above)."""
     how = replace(how_to_run(None, None, None, None, None, 0, False), **arguments_of(method))
-    effects = [found.effects for found in found_effects(random_model, pairs_of(), "post", method, how)]
+    effects = [found.effects["post"] for found in found_effects(random_model, pairs_of(), ["post"], method, how)]
     effects, items = np.concatenate(effects).reshape(20, -1), np.array([*range(15), *range(5)])
     effects = effects[:, np.abs(effects).max(0) > 0]
     rng, family, single = np.random.default_rng(1), [], []

@@ -10,7 +10,7 @@ from scipy.stats import fisher_exact, hypergeom, spearmanr
 
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.resampled import weighted_rho
-from memgen_lens.analysis.attribution.streaming import correlation
+from memgen_lens.analysis.attribution.scored import correlation
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.files import to_json, with_nulls

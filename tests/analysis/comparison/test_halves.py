@@ -9,7 +9,7 @@ from by_library import OBSERVATIONAL, score_by_library
 from scipy.stats import spearmanr
 
 import memgen_lens as mg
-from memgen_lens.analysis.attribution.causal import Explainer
+from memgen_lens.analysis.attribution import effects
 from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH
 from memgen_lens.analysis.comparison.halves import _Halvings
 from memgen_lens.core.consistency_records import SplitHalf
@@ -111,13 +111,13 @@ def test_a_model_is_recorded_where_activations_suffice(known):
 
 
 def test_the_model_runs_each_pair_once(known, monkeypatch):
-    seen, plain = [], Explainer.attribution_patching
+    seen, plain = [], effects.attribution_patching
 
-    def counted(self, sides):
-        seen.append(len(sides.pairs))
-        return plain(self, sides)
+    def counted(explainers, sides):
+        seen.append(len(sides["post"].pairs))
+        return plain(explainers, sides)
 
-    monkeypatch.setattr(Explainer, "attribution_patching", counted)
+    monkeypatch.setattr(effects, "attribution_patching", counted)
     how = {"method": "attribution_patching", "top_fraction": planted.ONE_NEURON, "n_splits": 100}
     found = mg.consistency.split_half(known.model, known.pairs, "post", **how)
     assert sum(seen) == len(known.pairs) and len(found.spearman) == 100
