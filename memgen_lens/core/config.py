@@ -287,8 +287,8 @@ class AnalysisConfig(Settings):
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
     """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
     cost_alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha, in the direction
-    that steering is chosen for; none = not measured."""
+    """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha, in the
+    direction that steering is chosen for; none = not measured."""
     false_trigger_rate: float = Field(0.01, ge=0, lt=1)
     """Share of computing prompts of ``tune`` and ``validation`` that the guard may steer, in [0, 1)."""
     mode_and_content: bool = False
