@@ -14,7 +14,7 @@ from benchmarks.pretrained import gguf, plain_model
 from memgen_lens.training.batches import Batches
 from memgen_lens.training.pretrained import Pretrained, with_adapters
 
-N_STORIES, N_TOKENS = 24, 35
+N_STORIES, N_TOKENS = 24, 28
 TASK = mg.tasks.InContextInference(n_facts=5, n_memorized=24, n_heldout=8, n_validation=8, n_rephrasings=1)
 CONFIG = mg.FinetuneConfig(batch_size=N_STORIES, generic_steps=0, precision="float32")
 

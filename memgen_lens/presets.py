@@ -235,8 +235,9 @@ _SMOLLM2 = ExperimentConfig(
     task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
     train=FinetuneConfig(
-        max_steps=400,
+        max_steps=300,
         generic_steps=40,
+        learning_rate=7e-4,
         eval_every=100,
         checkpoint_every=100,
         target_generalization=0.985,

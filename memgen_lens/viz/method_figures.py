@@ -87,11 +87,10 @@ def method_ablation(benchmark: MethodsBenchmark) -> go.Figure:
         alike = [model for model in models if model.counts == counts]
         for place, method in enumerate(dict.fromkeys(result.method for result in alike[0].results)):
             found = [next(r for r in model.results if r.method == method) for model in alike]
-            line = {
-                "color": INK if method in CONTROLS else METHOD_COLORS[place % len(METHOD_COLORS)],
-                "dash": DASHES[place // len(METHOD_COLORS) % len(DASHES)],
-                "width": 1.6,
-            }
+            color, dash = METHOD_COLORS[place % len(METHOD_COLORS)], DASHES[place // len(METHOD_COLORS) % len(DASHES)]
+            if method in CONTROLS:
+                color, dash = INK, ("dash", "dashdot")[CONTROLS.index(method)]
+            line = {"color": color, "dash": dash, "width": 1.6}
             curves = (
                 (1, 1 - np.mean([r.removed for r in found], axis=0)),
                 (2, np.mean([r.kept for r in found], axis=0)),
