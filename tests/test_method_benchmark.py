@@ -90,7 +90,7 @@ def test_figures_of_a_method_are_those_computed_by_hand(found, planted):
             left = right() / before
         assert result.removed[place] == pytest.approx(lost, abs=1e-9)
         assert result.kept[place] == pytest.approx(left, abs=1e-9)
-    assert min(result.kept) < 1, "half of the neurons are not without the rule's"
+    assert len(set(result.kept)) > 2, "the rule is not left alone"
     assert model.n == len(prompts) and model.recall == 1
 
 
