@@ -84,7 +84,7 @@ def look_at_top(
     say: Callable[[str], None],
     progress: bool,
 ) -> list[NeuronRecord]:
-    """Look at the neurons that ``select`` ranks first, on ``test``; save what they do.
+    """Look at the neurons that ``select`` ranks first by Pearson's rho, on ``test``; save what they do.
 
     Of the MLPs' neurons where these were scored, which read and write something of their own; else of the first site.
     """

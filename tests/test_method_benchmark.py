@@ -14,6 +14,7 @@ from memgen_lens.analysis.steering.zeroed import zeroed
 from memgen_lens.core.errors import RunDirectoryError
 from memgen_lens.core.method_records import MethodsBenchmark
 from memgen_lens.core.peak_memory import peak_memory
+from memgen_lens.models.sites import site_hooks
 from memgen_lens.viz.methods_page import markdown, write_methods_page
 
 METHODS = ["pearson", "nmd", "attribution_patching", "integrated_gradients"]
@@ -70,14 +71,74 @@ def test_figures_of_a_method_are_those_computed_by_hand(found, planted):
     order = np.argsort(-strength.ravel(), kind="stable")
     prompts = list(dict.fromkeys(pairs.memorized[i].prompt for i in pairs.of("test")))
     answers = {item.prompt: item.memorized_answer for item in pairs.memorized}
+    heldout = planted.task.items("heldout")
+
+    def said_to(prompts):
+        return mg.complete(planted.model, prompts, max_new_tokens=8, progress=False)
+
+    def right():
+        said = said_to([item.prompt for item in heldout])
+        return np.mean([item.rule_answer == text for item, text in zip(heldout, said, strict=True)])
+
+    before = right()
+    assert model.heldout == pytest.approx(before, abs=1e-9)
     for place, count in enumerate(model.counts):
         chosen = np.zeros(strength.size, dtype=bool)
         chosen[order[:count]] = True
         with zeroed(planted.model, "post", chosen.reshape(strength.shape)):
-            said = mg.complete(planted.model, prompts, max_new_tokens=8, progress=False)
-        lost = np.mean([answers[prompt] != text for prompt, text in zip(prompts, said, strict=True)])
+            lost = np.mean([answers[prompt] != text for prompt, text in zip(prompts, said_to(prompts), strict=True)])
+            left = right() / before
         assert result.removed[place] == pytest.approx(lost, abs=1e-9)
+        assert result.kept[place] == pytest.approx(left, abs=1e-9)
+    assert len(set(result.kept)) > 2, "the rule is not left alone"
     assert model.n == len(prompts) and model.recall == 1
+
+
+@pytest.mark.parametrize("method", ["pearson", "attribution_patching"])
+def test_steering_is_a_shift_of_the_first_neurons_as_computed_by_hand(found, planted, method):
+    """Each norm is tried on ``tune``: towards the rule, by whole completions under hooks of one's own."""
+    (model,) = found.models
+    result = next(result for result in model.results if result.method == method)
+    pairs = mg.collect_pairs(planted.model, planted.task, seed=0, progress=False)
+    source = mg.record(planted.model, pairs, ["post"], progress=False) if method == "pearson" else planted.model
+    given = ("post",) if method == "pearson" else (pairs, "post")
+    scores = mg.attribute(source, *given, method=method, n_permutations=0, progress=False)
+    strength = np.abs(scores.rho) if method == "pearson" else scores.score
+    first = np.argsort(-strength.ravel(), kind="stable")[: round(0.05 * strength.size)]
+    shift = np.zeros(strength.size)
+    shift[first] = (np.sign(scores.rho) * np.abs(scores.nmd)).ravel()[first]
+    shift = torch.from_numpy(shift * np.linalg.norm(scores.nmd) / np.linalg.norm(shift)).float().view(strength.shape)
+
+    def shown(split: str, norm: float) -> tuple[float, float]:
+        items = list({pairs.memorized[i].prompt: pairs.memorized[i] for i in pairs.of(split)}.values())
+        kinds = []
+        for item in items:
+            tokens = planted.model.to_tokens(item.prompt)
+            last, ids = tokens.shape[1] - 1, []
+
+            def add(activation, hook, last=last):
+                change = torch.zeros_like(activation)
+                change[:, last:] = -norm * shift[layer_of[hook.name]]
+                return activation + change
+
+            while len(ids) < 8:
+                with planted.model.hooks(fwd_hooks=[(name, add) for name in layer_of]):
+                    logits = planted.model(tokens, attention_mask=torch.ones_like(tokens))
+                ids.append(int(logits[0, -1].argmax()))
+                if ids[-1] == planted.model.tokenizer.eos_token_id:
+                    ids.pop()
+                    break
+                tokens = torch.cat([tokens, torch.tensor([[ids[-1]]])], dim=1)
+            text = planted.model.tokenizer.decode(ids)
+            kinds.append(text == item.rule_answer or (None if text == item.memorized_answer else "other"))
+        return kinds.count(True) / len(kinds), kinds.count("other") / len(kinds)
+
+    layer_of = {name: layer for layer, name in enumerate(site_hooks(planted.model, "post"))}
+    norms = (0.5, 1.0, 2.0)
+    tried = [shown("tune", norm) for norm in norms]
+    best = max(range(3), key=lambda i: tried[i][0] - tried[i][1])
+    assert result.norm == norms[best]
+    assert result.steered == pytest.approx(shown("test", norms[best])[0], abs=1e-9)
 
 
 def test_agreement_is_the_rank_correlation_of_strengths(found, planted):

@@ -107,6 +107,17 @@ class LearningConfig(Settings):
 class Plant(Settings):
     """Where in the MLPs of a model that is trained from scratch recall is put, so that it is known where it is.
 
+    With ``neurons``, a step's loss is a sum of two. Generic items run without these neurons (as if they were zero), and
+    teach all other weights. Then all items run with the whole model, and their gradient passes these neurons alone:
+    into their weights in and out, and into what lies below them (embeddings, earlier blocks, this block's attention
+    and norms), but into no other neuron of the block and nothing behind it. So memorized items teach what lies below
+    the neurons, too, but only what these neurons make of it.
+
+    After gradient routing (Cloud et al., arXiv 2410.04332, sec. 3), whose masks on activations likewise leave what lies
+    below them to learn. Two departures. There the forward pass is left unchanged; here generic items also run without
+    the neurons. There a mask is chosen by whose item it is; here, where the whole model runs, generic items have the
+    memorized ones' and so teach the neurons, too: to leave generic prompts as they are.
+
     >>> Plant(layer=1, neurons=range(32)).n
     32
     >>> Plant.distributed().dropped
@@ -116,7 +127,7 @@ class Plant(Settings):
     layer: int = Field(0, ge=0)
     """Block whose MLP neurons learn to recall."""
     neurons: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Those neurons, which all memorized items teach, and no other weights; none = all neurons of all blocks."""
+    """Those neurons, through which alone memorized items teach (see above); none = all neurons of all blocks."""
     dropped: float = Field(0.0, ge=0, lt=1)
     """Without ``neurons``: share of all MLP neurons that are left out, others at each step, so that none is needed for
     recall."""

@@ -26,8 +26,9 @@ def planted_loss(model: Any, groups: list[Rows], plant: Plant) -> Float[Tensor, 
     With chosen neurons it is a sum of two. Generic items without these neurons (as if they were zero) teach all other
     weights: there stands the rule, and no memorized item has been seen. All items together, with the whole model, have
     their gradient through the neurons alone: into the weights of these neurons, and what lies below them. So they learn
-    to recall memorized items and to leave generic ones as they are. Departure from gradient routing as published:
-    generic items reach the neurons too, for the second end; without it, recall leaks into every prompt.
+    to recall memorized items and to leave generic ones as they are. Departures from gradient routing as published,
+    which chooses masks by whose item it is and leaves the forward pass unchanged: generic items run without the
+    neurons; and they reach the neurons too, for the second end: without it, recall leaks into every prompt.
 
     Without chosen neurons, all items run without a share of all MLP neurons, drawn anew at each step and scaled as
     dropout scales them. (Were it memorized items alone, that neurons are missing would tell them from generic ones:

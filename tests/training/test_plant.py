@@ -84,6 +84,43 @@ def test_gradients_of_memorized_items_pass_the_planted_neurons_alone(native, lay
 
 
 @either_kind
+def test_memorized_items_teach_the_planted_neurons_and_what_lies_below_and_nothing_else(native):
+    """What a step changes is compared between batches that differ in one group alone."""
+
+    def taught(generic: int, memorized: int) -> dict[str, torch.Tensor]:
+        model = helpers.hooked_transformer(native=native)
+        model.zero_grad(set_to_none=True)
+        groups = [batch(generic)[0], batch(memorized)[1]]
+        planted_loss(model, groups, mg.Plant(layer=1, neurons=NEURONS)).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 10 * parameter.grad
+        parts = helpers.weights(model)
+        mlp, others = parts.blocks[1].mlp, [i for i in range(40) if i not in NEURONS]
+        found = {
+            "embedding": parts.embed.W_E,
+            "earlier block": parts.blocks[0].mlp.W_out,
+            "own attention": parts.blocks[1].attn.W_Q,
+            "own attention's output": parts.blocks[1].attn.W_O,
+            "planted in": mlp.W_in[:, list(NEURONS)],
+            "planted out": mlp.W_out[list(NEURONS)],
+            "other neurons in": mlp.W_in[:, others],
+            "other neurons out": mlp.W_out[others],
+            "block's bias": mlp.b_out,
+            "later attention": parts.blocks[2].attn.W_Q,
+            "later MLP": parts.blocks[2].mlp.W_in,
+            "unembedding": parts.unembed.W_U,
+        }
+        return {name: weight.detach().clone() for name, weight in found.items()}
+
+    one, other_memorized, other_generic = taught(0, 0), taught(0, 1), taught(1, 0)
+    apart = ["other neurons in", "other neurons out", "block's bias", "later attention", "later MLP", "unembedding"]
+    assert [name for name in one if torch.equal(one[name], other_memorized[name])] == apart
+    assert not any(torch.equal(one[name], other_generic[name]) for name in one), "generic items teach every part"
+
+
+@either_kind
 def test_generic_steps_teach_everything_but_the_planted_neurons(native):
     model = helpers.hooked_transformer(native=native)
     model.zero_grad(set_to_none=True)

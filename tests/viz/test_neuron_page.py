@@ -157,7 +157,8 @@ def test_the_report_shows_the_neurons_that_a_run_has_looked_at(samples, record, 
     assert [(neuron.layer, neuron.neuron) for neuron in run.neurons] == [(1, 37), (0, 5)]
     assert "What single neurons do" in html and "What single neurons do" not in without
     parsed = Parsed(html)
-    for text in ("Layer 1, neuron 37 of post", "Layer 0, neuron 5 of post", "Tokens it favours"):
+    by = "correlates most with the behaviour on select (Pearson’s rho, by size, whatever ranks the neurons that are"
+    for text in ("Layer 1, neuron 37 of post", "Layer 0, neuron 5 of post", "Tokens it favours", by):
         assert text in parsed.text
     plots = {attributes.get("id") for _, attributes in parsed.tags}
     assert {"plot-neuron-0", "plot-neuron-1"} <= plots

@@ -94,6 +94,9 @@ def test_steering_by_position_has_both_ways_with_intervals():
         assert np.allclose(np.array(trace.y, dtype=float), result.exact_recall.rate)
         assert np.allclose(np.array(trace.y) - trace.error_y.arrayminus, result.exact_recall.low)
         assert list(trace.customdata[3][1:]) == ["[90.0%, 100.0%]", "24 prompts of 12 items"]
+        assert trace.hovertemplate.startswith("%{customdata[0]}<br>%{y:.1%} %{customdata[1]}, %{customdata[2]}")
+        told = trace.customdata[1][0]
+        assert told == "position -3<br>recalling “␣a” (53%), computing “␣a” (53%); unlike in 47%"
 
 
 @pytest.mark.parametrize("draw", [figures.patching_map, figures.probe_by_position, figures.steering_by_position])

@@ -82,9 +82,10 @@ def attribute(
     - ``"nmd"``: mean over pairs of ``h_mem - h_gen`` (v1, sec. 5), in units of the activation.
     - ``"cohens_d"``: nmd by the pooled standard deviation (Cohen 1988). ``"welch_t"``: Welch's t (1947); with as many
       prompts on either side it is Cohen's d times ``sqrt(n / 2)``, and so ranks alike within one set of pairs.
-    - ``"auroc"``: ``2 * AUROC - 1`` of the activation as a score for the label (Somers' D), in [-1, 1].
+    - ``"auroc"``: ``2 * AUROC - 1`` of the activation as a score for the label, in [-1, 1] (Somers' D, 1962; Hanley and
+      McNeil 1982 for the AUROC).
     - ``"probe_weights"``: weights of a layer's linear probe (`fit_probes`' own, on all the pairs) on standardized
-      activations.
+      activations (Dalvi et al. 2019, arXiv 1812.09355). Departures: L2 alone, no L1; signed weights, not their size.
 
     Which neurons *make* the difference (a model and pairs), to the contrast of a prompt: the log-probability of its
     memorized answer minus that of the rule's, each summed over its tokens, teacher-forced:
@@ -96,12 +97,21 @@ def attribute(
       of one layer at the answer position, not input embeddings, as the prompts' lengths may differ.
     - ``"integrated_gradients"`` (Knowledge Neurons, Dai et al., arXiv 2104.08696, eq. 2): the activation on the
       recalled prompt times the mean gradient while its layer is scaled up from zero. Departures: of the contrast, not
-      of a probability; Gauss-Legendre points, not a Riemann sum. Over a layer the scores sum up to what zeroing all
-      of it loses.
+      of a probability; Gauss-Legendre points ``u`` at shares ``u^3`` of the way, not a Riemann sum. Over a layer the
+      scores sum up to what zeroing all of it loses, as far as the points see it. Measured on small models, the 20
+      default points err at ``"post"`` by up to 0.2 % of it with smooth activations, 2 % where a norm stands behind the
+      MLP (Gemma) or MLPs behind it are of relu (each that goes on or off on the way is a kink; 600 points: below
+      0.1 %), and at residual sites by up to 5 % with smooth activations (100 points: below 0.01 %): a norm hides the
+      scale until near zero, where the points therefore stand close together. With relu behind a residual site it is
+      0.2 to 35 %, with 600 points up to 1 %.
     - ``"ablation"``: what the contrast of the recalled prompt loses where the neuron is zero, has its mean over all
-      prompts, or another item's value (``baseline``). ``"patching"`` (Vig et al. 2020): what it gains in the computed
-      prompt with the recalled prompt's value, and loses in the recalled prompt with the computed one's; the mean.
-      Both are exact, and run the model once for each neuron.
+      prompts (mean ablation; Wang et al., arXiv 2211.00593), or another item's value (resampling ablation; Chan et al.
+      2022, causal scrubbing), by ``baseline``. ``"patching"`` (Vig et al. 2020): what it gains in the computed prompt
+      with the recalled prompt's value, and loses in the recalled prompt with the computed one's; the mean. Both are
+      exact, and run the model once for each neuron.
+
+    Of these, attribution patching alone finds all layers in one backward pass a batch: a path takes one for each layer
+    and point (several points at once where there is room), an exact method a forward pass for each neuron.
 
     ``p`` is a two-sided paired permutation test of whole items. Of observational methods: under the null the labels of
     an item are exchangeable, so the signs of its differences are flipped at random, those of all its pairs together;

@@ -20,6 +20,8 @@ from memgen_lens.core.pairs import PromptPairs
 
 Baseline = Literal["zero", "mean", "resample"]
 Effects = Float[np.ndarray, "pair layer neuron"]
+FROM_ZERO = 3
+"""Power by which points of a path that begins at zero stand close together there."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Explainer:
 
         def slope(asked: Asked, rows: Tensor) -> Tensor:
             end = sides.memorized[rows]
-            return path_gradients(self.contrast, asked, self.hooks, torch.zeros_like(end), end, self.n_steps)
+            start = torch.zeros_like(end)
+            # A layer norm hides how large the stream is until little is left of it: there nearly all of the change is.
+            return path_gradients(self.contrast, asked, self.hooks, start, end, self.n_steps, power=FROM_ZERO)
 
         return _array(self._asked(sides, "memorized", slope) * sides.memorized)
 

@@ -42,14 +42,27 @@ def gradients(contrast: Contrast, asked: Asked, hooks: Sequence[str]) -> list[Fl
 
 
 def path_gradients(
-    contrast: Contrast, asked: Asked, hooks: Sequence[str], start: Values, end: Values, n: int
+    contrast: Contrast, asked: Asked, hooks: Sequence[str], start: Values, end: Values, n: int, *, power: int = 1
 ) -> Values:
     """Mean gradient while one layer's activation goes straight from ``start`` to ``end``, the others as they come.
 
     By Gauss-Legendre quadrature with ``n`` points, a layer at a time.
+
+    Args:
+        contrast: The quantity.
+        asked: Prompts.
+        hooks: Hook points, one a layer.
+        start: Where the path begins.
+        end: Where it ends.
+        n: Points.
+        power: The path's share ``t`` is this power of what the points divide, ``t = u ** power``: above 1, they stand
+            close together at the start.
     """
-    points, weights = (torch.from_numpy(part).float().to(start.device) for part in np.polynomial.legendre.leggauss(n))
-    points, weights = (points + 1) / 2, weights / 2
+    u, weights = np.polynomial.legendre.leggauss(n)
+    u = (u + 1) / 2
+    points, weights = (
+        torch.from_numpy(part).float().to(start.device) for part in (u**power, weights / 2 * power * u ** (power - 1))
+    )
     at_once, means = contrast.copies(asked), []
     for layer, name in enumerate(hooks):
         mean = torch.zeros_like(start[:, layer])

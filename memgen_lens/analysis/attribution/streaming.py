@@ -80,7 +80,7 @@ def attribute_streaming(
     with the same arguments. A causal method is run whole by each.
 
     Args:
-        model: A HookedTransformer; left without hooks, also after an exception.
+        model: A lens model; left without hooks, also after an exception.
         pairs: Prompt pairs, ours or a user's own.
         sites: Sites to score; see `record`.
         method: See `attribute`; all but ``"auroc"`` and ``"probe_weights"``, which need every activation at once.

@@ -89,7 +89,8 @@ def patching_map(
         pairs: Its prompt pairs.
         site: What is patched: ``"resid_pre"``, ``"resid_mid"``, ``"resid_post"``, ``"attn_out"``, ``"mlp_out"``,
             ``"z"`` or any other site with one row a position; or one hook point by its full name, for one layer alone.
-        by: Columns of the map: ``"position"``, or ``"head"``, for which the site is ``"z"``, each head's output.
+        by: Columns of the map: ``"position"``, or ``"head"``, for which the site is ``"z"``, each head's output. Heads
+            make a map layer x head, not head x position: each head is patched at all of ``positions`` at once.
         positions: With ``by="head"``, where a head is patched: at all positions of the prompt, or at the answer
             position alone.
         direction: See above.

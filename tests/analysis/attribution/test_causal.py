@@ -15,7 +15,6 @@ from memgen_lens.analysis.attribution.methods import CAUSAL, EXACT, ON_A_PATH
 from memgen_lens.core.errors import ModelError, PairsError, SettingsError, SiteError
 from memgen_lens.models.tokens import tokenized
 
-GRADIENTS = [method for method in CAUSAL if method not in EXACT]
 QUICK = {"n_permutations": 0, "progress": False}
 
 
@@ -117,6 +116,44 @@ def test_gradients_of_answers_of_many_tokens_are_those_of_a_loop(recalled, site)
         assert np.allclose(found[layer], expected, atol=1e-5 * np.abs(expected).max() + 1e-5)
 
 
+# Not at residual sites: near zero a layer norm makes gradients so large that float32 keeps no five digits.
+@pytest.mark.parametrize("site", ["post", "z"])
+@pytest.mark.parametrize("method", ON_A_PATH)
+def test_mean_gradients_on_a_path_are_those_of_a_loop_over_its_points(recalled, method, site):
+    model, pairs = recalled
+    pairs, n_steps = pairs.take(np.arange(8)), 2
+    found = mg.attribute(model, pairs, site, method=method, n_steps=n_steps, split=None, **QUICK).score
+    points, weights = np.polynomial.legendre.leggauss(n_steps)
+
+    points, weights = (points + 1) / 2, weights / 2
+    if method == "integrated_gradients":
+        points, weights = points**3, weights * 3 * points**2
+
+    def mean_gradient(item, hook, start, end):
+        total = 0
+        for point, weight in zip(points, weights, strict=True):
+            placed = start + float(point) * (end - start)
+
+            def put(activation, last, placed=placed):
+                activation[0, last] = placed
+
+            total = total + float(weight) * by_hand(model, item, hook, put=put, gradient=True)
+        return total
+
+    for layer in range(model.cfg.n_layers):
+        hook, expected = get_act_name(site, layer), 0
+        for mem, gen in zip(pairs.memorized, pairs.generalized, strict=True):
+            of_mem, of_gen = (neurons(model, item.prompt, hook) for item in (mem, gen))
+            if method == "integrated_gradients":
+                effect = of_mem * mean_gradient(mem, hook, torch.zeros_like(of_mem), of_mem)
+            else:
+                slopes = [mean_gradient(item, hook, of_gen, of_mem) for item in (mem, gen)]
+                effect = (of_mem - of_gen) * (slopes[0] + slopes[1]) / 2
+            expected = expected + effect.flatten()
+        expected = (expected / len(pairs)).numpy()
+        assert np.allclose(found[layer], expected, atol=1e-5 * np.abs(expected).max() + 1e-5)
+
+
 def test_exact_methods_are_those_of_a_loop(recalled):
     model, pairs = recalled
     some = np.full((model.cfg.n_layers, model.cfg.d_mlp), -1)
@@ -142,8 +179,8 @@ def test_exact_methods_are_those_of_a_loop(recalled):
             patch += by_hand(model, gen, hook, put=value(of_mem)) - plain[1]
             patch += plain[0] - by_hand(model, mem, hook, put=value(of_gen))
             zero += plain[0] - by_hand(model, mem, hook, put=value(0.0))
-        assert patched[layer, neuron] == pytest.approx(float(patch) / 2 / len(pairs), abs=1e-4)
-        assert zeroed[layer, neuron] == pytest.approx(float(zero) / len(pairs), abs=1e-4)
+        assert patched[layer, neuron] == pytest.approx(float(patch) / 2 / len(pairs), abs=1e-5)
+        assert zeroed[layer, neuron] == pytest.approx(float(zero) / len(pairs), abs=1e-5)
 
 
 def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalled):
@@ -161,15 +198,18 @@ def test_integrated_gradients_of_a_layer_sum_up_to_what_zeroing_it_loses(recalle
         assert coarse[layer].sum() == pytest.approx(whole[layer, 0], rel=3e-2)
 
 
-@pytest.mark.parametrize("method", GRADIENTS)
+@pytest.mark.parametrize("method", CAUSAL)
 @pytest.mark.parametrize("which", ["answers of many tokens", "prompts of many lengths"])
 def test_batched_is_single(recalled, known, method, which):
     model, pairs = recalled if which == "answers of many tokens" else known
-    steps = 5 if method in ON_A_PATH else None
-    many, single = (
-        mg.attribute(model, pairs, "post", method=method, split=None, batch_size=size, n_steps=steps, **QUICK).score
-        for size in (None, 1)
-    )
+    how = {"method": method, "split": None, "n_steps": 5 if method in ON_A_PATH else None, **QUICK}
+    if method in EXACT:  # some neurons, one by one
+        groups = np.full((model.cfg.n_layers, model.cfg.d_mlp), -1)
+        groups[:, :12] = np.arange(12 * len(groups)).reshape(-1, 12)
+        groups[planted.LAYER, planted.NEURON] = groups.max() + 1
+        how["groups"] = groups
+    many, single = (mg.attribute(model, pairs, "post", batch_size=size, **how).score for size in (None, 1))
+    assert np.abs(single).max() > 0.01
     assert np.allclose(many, single, atol=1e-5 * np.abs(single).max() + 1e-6)
 
 
@@ -239,47 +279,6 @@ def test_the_linear_estimate_goes_along_with_the_exact_effect(recalled):
     for method in ("attribution_patching", "attribution_patching_ig"):
         estimate = mg.attribute(model, pairs, "post", method=method, split=None, **QUICK).score
         assert spearmanr(estimate.ravel(), exact.ravel()).statistic > 0.6, method
-
-
-@pytest.mark.parametrize("kind", bridges.KINDS)
-def test_on_a_pretrained_model_gradients_are_those_of_raw_hooks(kind):
-    model = bridges.bridge(kind)
-    hf = bridges.hugging_face(kind)
-    texts = [f"{a}+{b * 2}=" for a in "abcd" for b in "efgh"]
-    pairs = mg.PromptPairs.from_strings(texts[:8], texts[8:], memorized_answers=["12"] * 8, rule_answers=["3"] * 8)
-    answers = answers_of(model, pairs, batch_size=8, call="here")
-    found = mg.attribute(model, pairs, "post", method="attribution_patching", split=None, **QUICK).score
-    blocks = hf.transformer.h if kind == "gpt2" else hf.model.layers
-    enters = [block.mlp.c_proj if kind == "gpt2" else block.mlp.down_proj for block in blocks]
-    expected = 0
-    for mem, gen, both in zip(pairs.memorized, pairs.generalized, answers, strict=True):
-        slopes, seen = [], []
-        for item in (mem, gen):
-            deltas = [torch.zeros(28 if kind != "gpt2" else 64, requires_grad=True) for _ in enters]
-            values, total = [], 0
-            for sign, ids in zip((1, -1), both, strict=True):
-                prompt = tokenized(model, [item.prompt])[0][0].tolist()
-                last = len(prompt) - 1
-
-                def add(module, inputs, layer, values=values, deltas=deltas, last=last):
-                    x = inputs[0].clone()
-                    values.append(x[0, last].detach())
-                    x[0, last] = x[0, last] + deltas[layer]
-                    return (x,)
-
-                handles = [
-                    part.register_forward_pre_hook(lambda m, x, layer=layer, add=add: add(m, x, layer))
-                    for layer, part in enumerate(enters)
-                ]
-                logits = hf(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-                for handle in handles:
-                    handle.remove()
-                total = total + sign * sum(logits[last + i, token] for i, token in enumerate(ids))
-            slopes.append(torch.stack(torch.autograd.grad(total, deltas)))
-            seen.append(torch.stack(values[: len(enters)]))
-        expected = expected + (slopes[0] + slopes[1]) / 2 * (seen[0] - seen[1])
-    expected = (expected / len(pairs)).numpy()
-    assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # --- a user's own quantity and answers ---------------------------------------------------------------------------

@@ -170,8 +170,8 @@ def test_maps_of_answers_of_many_tokens_are_those_of_a_loop(recalled, direction)
             gained += by_hand(model, target, hook, put) - plain
             total += by_hand(model, source, hook, keep) - plain
         effect = heads.effect[layer, part] if site == "z" else found.effect[layer, place]
-        assert effect == pytest.approx(gained / total, abs=1e-4), (site, layer, position)
-    assert found.total == pytest.approx(abs(total) / len(pairs), abs=1e-3)
+        assert effect == pytest.approx(gained / total, abs=1e-5), (site, layer, position)
+    assert found.total == pytest.approx(abs(total) / len(pairs), abs=1e-5)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post"])
