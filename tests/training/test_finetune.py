@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bridges
@@ -39,11 +40,12 @@ TASK = helpers.letters_task()
 
 def settings(**changes) -> mg.FinetuneConfig:
     """Thirty steps of milliseconds; no target is ever reached."""
+    adapters = {} if changes.get("method") == "full" else {"rank": 4}
     return mg.FinetuneConfig(
-        **{
+        **adapters
+        | {
             "max_steps": 30,
             "batch_size": 12,
-            "rank": 4,
             "generic_steps": 3,
             "learning_rate": 1e-2,
             "eval_every": 10,
@@ -190,7 +192,7 @@ def test_the_measured_behaviours_are_those_of_greedy_completions(method):
     run = mg.finetune(
         base(),
         task,
-        settings(max_steps=120, eval_every=120, memorized_share=0.8, method=method, rank=8),
+        settings(max_steps=120, eval_every=120, memorized_share=0.8, method=method),
         progress=False,
     )
     observed = {
@@ -293,12 +295,52 @@ def test_a_loss_that_is_not_finite_stops_it_and_leaves_no_model(tmp_path):
     [
         ({"targets": ("nowhere",)}, r"received targets=.*nowhere.* Its linear layers are down_proj, gate_proj"),
         ({"targets": ("lm_head",)}, r"expected layers inside the blocks.*lm_head is the output embedding"),
-        ({"layers": (7,)}, r"expected linear layers of LlamaForCausalLM.*layers=\(7,\)"),
+        ({"layers": (7,)}, r"expected linear layers of LlamaForCausalLM.*layers=\(7,\), of which there is no block 7\."),
+        (
+            {"targets": ("q_proj", "nowhere")},
+            r"targets=\('q_proj', 'nowhere'\), layers=\(\), of which there is no 'nowhere'\. .* in blocks 0 to 1\.$",
+        ),
+        ({"layers": (1, 7)}, r"layers=\(1, 7\), of which there is no block 7\. "),
+        ({"targets": ("nowhere", "v_proj"), "layers": (-1, 0)}, r"of which there is no 'nowhere', block -1\. "),
     ],
 )  # fmt: skip
-def test_adapters_on_layers_that_are_not_there_are_refused(changes, message):
+def test_adapters_on_layers_that_are_not_there_are_refused(changes, message, tmp_path):
     with pytest.raises(ModelError, match=message):
         with_adapters(bridges.hugging_face("llama"), settings(**changes))
+    with pytest.raises(ModelError, match=message):
+        mg.finetune(base(), TASK, settings(**changes), out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists(), "nothing is begun"
+
+
+@pytest.mark.parametrize("kind", bridges.KINDS)
+def test_adapters_are_on_each_target_of_each_block_that_is_named_and_nowhere_else(kind):
+    name = {"gpt2": "attn.c_proj"}.get(kind, "self_attn.o_proj")
+    network = with_adapters(bridges.hugging_face(kind), settings(targets=(name,), layers=(1,)))
+    paths = {path for path, part in network.named_modules() if hasattr(part, "lora_A")}
+    assert len(paths) == 1 and all(path.endswith(f".1.{name}") for path in paths)
+
+
+def letters_with_an_answer_of(n: int):
+    """The letters task, one of whose held-out answers has so many characters, each a token; its prompt has four."""
+
+    class Long(helpers.Letters):
+        @property
+        def splits(self):
+            *others, last = super().splits["heldout"]
+            return super().splits | {"heldout": (*others, replace(last, rule_answer="9" * n))}
+
+    return Long(**TASK.model_dump())
+
+
+def test_texts_that_are_longer_than_the_bases_context_are_refused_before_a_step_is_taken(tmp_path):
+    assert mg.finetune(base(), letters_with_an_answer_of(60), settings(max_steps=4), progress=False).history
+    with pytest.raises(
+        ModelError,
+        match=r"finetune: expected prompts that fit the base's context of 64 tokens together with their answers; "
+        r"received 65 tokens: '.\+.=9999.*\. Make the task's texts shorter",
+    ):
+        mg.finetune(base(), letters_with_an_answer_of(61), settings(), out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_models_of_ours_and_compatibility_mode_are_refused(trained, tmp_path):
