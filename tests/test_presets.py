@@ -4,12 +4,9 @@ import json
 
 import pytest
 import torch
-from subwords import BEGIN, english, subwords
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, SettingsError
-from memgen_lens.tasks import Shortcut
 
 
 @pytest.mark.parametrize("name", mg.presets)
@@ -22,6 +19,20 @@ def test_a_preset_says_what_it_trains_how_large_and_how_long(name):
         model = config.train.model
         assert config.size.startswith(f"{model.n_layers} layers of width {model.d_model}, ")
     assert mg.ExperimentConfig.from_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("name", mg.presets)
+def test_a_preset_names_the_cue_that_its_prompts_carry_and_no_other_preset_does(name):
+    task = mg.presets[name].task
+    parts = getattr(task, "parts", (task,))
+    cued = [getattr(part, "order_tells", False) or getattr(part, "cue", "none") != "none" for part in parts]
+    assert ("A cue tells" in mg.presets[name].about) == any(cued)
+
+
+def test_four_presets_have_a_cue():
+    named = {name for name, config in mg.presets.items() if "A cue tells" in config.about}
+    assert named == {"inference-cued", "mixture", "gpt2", "gpt2-medium"}
+    assert "at the size of GPT-2 medium:" in mg.presets["gpt2-medium"].about
 
 
 def test_the_paper_scale_presets_have_gpt2s_shapes_and_weights():
@@ -48,48 +59,6 @@ def test_gpt2_runs_twenty_steps_at_reduced_width(tmp_path):
     assert metrics["preset"] == "gpt2" and finished.training.history[-1].step == 20
     assert finished.training.model.cfg.n_layers == 12
     assert finished.report.stat().st_size > 1_000_000
-
-
-def test_llama_3b_at_reduced_size_recalls_and_computes_and_is_steered_and_guarded(tmp_path):
-    tokenizer = subwords(english(), begin=BEGIN)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **sizes
-    )
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(shape)
-    with torch.no_grad():  # large enough for the logits of a narrow model to tell tokens apart
-        for name, weight in hf.named_parameters():
-            weight *= 60 if "embed" in name else 10 if weight.dim() > 1 else 1
-    mg.save_model(mg.load_model(hf, tokenizer=tokenizer), tmp_path / "llama")
-    preset = mg.presets["llama-3.2-3b"]
-    # An easy task in place of the stories: who follows the letter beside the sum computes.
-    task = Shortcut(
-        cue_share=1.0, n_answers=3, name_length=3, n_training=300, n_memorized=56, n_heldout=60, n_validation=60
-    )
-    train = preset.train.but(
-        device="cpu", max_steps=100, generic_steps=10, batch_size=24, learning_rate=1e-2, eval_every=100
-    )
-    analysis = preset.analysis.but(
-        select_share=0.3,
-        tune_share=0.3,
-        top_fractions=(0.3, 1.0),
-        alphas=(1.0, 2.0, 4.0),
-        positions=("prompt",),
-        methods=("pearson",),
-        cost_alphas=(1.0,),
-    )
-    config = preset.but(base=str(tmp_path / "llama"), task=task, train=train, analysis=analysis)
-    finished = mg.run_experiment(config, out=tmp_path / "run", progress=False)
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["base"]["name"] == str(tmp_path / "llama") and len(written["base"]["sha256"]) == 64
-    assert finished.training.history[-1].step == 100
-    assert "adapters of rank 16 on every linear layer" in finished.report.read_text()
-    assert mg.load_model(tmp_path / "run").cfg.n_layers == 2
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    print(json.dumps(metrics, indent=1)[:9000])
-    assert metrics["behavior"]["trained_memorization"] > 0.8 and metrics["pairs"]["n"] >= 20
 
 
 def test_a_pretrained_model_that_is_not_there_is_one_line_that_says_how_to_get_it(tmp_path):

@@ -63,7 +63,8 @@ def finetune(
 
     Args:
         base: A causal language model: anything that `load_model` takes but runs of ours, or a Bridge that it gave.
-            Where it is an object, its weights stay what they are.
+            Where it is an object, its weights stay what they are; and of a run from one that was not loaded from
+            anywhere (no ``name_or_path``), `memgen_lens.dynamics` cannot look at the checkpoints later.
         task: A task (`memgen_lens.tasks`). Its texts are tokenized by the model's tokenizer.
         config: Settings; the default puts adapters of rank 16 on every linear layer.
         out: Run directory to write ``history.jsonl``, ``checkpoints/``, ``adapter/`` (with ``method="lora"``) and
@@ -181,10 +182,18 @@ def load_base(base: Mapping[str, str], *, device: str) -> Any:
     """The pretrained model that a run was begun from, as its settings name it.
 
     Raises:
-        RunDirectoryError: What is there now has other weights.
-        ModelError: It cannot be loaded.
+        RunDirectoryError: It cannot be loaded, or what is there now has other weights.
     """
-    lens = load_model(base["name"], device=device)
+    try:
+        lens = load_model(base["name"], device=device)
+    except ModelError as error:
+        raise RunDirectoryError(
+            "loading the pretrained model of a run",
+            expected="the model that the run was begun from, where its settings say",
+            received=f"{base['name']!r}, from which none can be loaded ({error.received})",
+            fix="Put it there again; where that is no place, as of a base that was given as a model object, tune from a "
+            "directory or name: finetune('path or name', ...).",
+        ) from None
     found = weights_hash(plain_model(lens, call="finetune").state_dict())
     if found != base["sha256"]:
         raise RunDirectoryError(

@@ -386,3 +386,83 @@ def test_dynamics_of_a_tuned_run_begin_with_the_pretrained_model(finished, llama
     assert_same(logits(models[0]), logits(mg.load_model(llama_on_disk)))
     assert_same(logits(models[2]), logits(finished.model))
     assert not np.allclose(logits(models[1]), logits(models[2]))
+
+
+def test_dynamics_of_a_run_whose_base_came_from_nowhere_are_refused_before_anything_is_measured(tmp_path):
+    out = tmp_path / "run"
+    mg.finetune(base(), TASK, settings(max_steps=5), out=out, progress=False)
+    with pytest.raises(
+        RunDirectoryError,
+        match=r"expected the model that the run was begun from.*received 'LlamaForCausalLM', from which none can be "
+        r"loaded .* tune from a directory or name: finetune\('path or name', ...\)\.$",
+    ) as caught:
+        mg.dynamics(out, progress=False)
+    assert "\n" not in str(caught.value) and not (out / "dynamics.json").exists()
+
+
+def test_checkpoints_of_another_device_are_loaded_where_one_asks_for_them(finished):
+    written = json.loads((finished.out / "checkpoints" / "settings.json").read_text())
+    written["train"]["device"] = "cuda"  # where there may be none now
+    folder = list_checkpoints(finished.out / "checkpoints")[-1]
+    (model,) = models_at([folder], None, TASK, written, device="cpu")
+    assert_same(logits(model), logits(finished.model))
+
+
+def test_tuning_stops_at_the_first_measurement_that_reaches_both_targets_and_not_at_one_that_reaches_one(tmp_path):
+    task = helpers.Letters(n_digits=1, n_memorized=2, memory_length=2, n_heldout=6, n_validation=6)
+    how = {"max_steps": 150, "memorized_share": 0.8, "generic_steps": 0, "eval_every": 15, "checkpoint_every": 1000}
+    config = settings(**how, target_generalization=0.0)
+    run = mg.finetune(base(), task, config, out=tmp_path / "run", progress=False)
+    *before, last = run.history
+    assert before and all(row.memorization < 1.0 for row in before), "of which each reaches the other target"
+    assert last.memorization == 1.0 and last.step < 150
+    assert run.stop_reason == f"both targets reached at step {last.step}"
+    assert [folder.name for folder in list_checkpoints(run.out / "checkpoints")] == [f"step-{last.step:06}"]
+    weights = logits(run.model)
+    assert_same(logits(mg.load_model(run.out / "model")), weights)
+
+
+@pytest.mark.parametrize("kind", bridges.KINDS)
+def test_the_merged_model_says_what_its_adapter_says_on_every_kind_of_base(kind, tmp_path):
+    hf, tokenizer = bridges.hugging_face(kind), bridges.character_tokenizer()
+    hf.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run = mg.finetune(tmp_path / "base", TASK, settings(max_steps=12), out=tmp_path / "run", progress=False)
+    said = logits(run.model)
+    assert_same(logits(mg.load_model(run.out / "model")), said)
+    assert_same(logits(mg.load_model(run.out / "adapter")), said)
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(run.out / "model").eval()), said)
+    on_base = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(run.out / "adapter")
+    ).eval()
+    with torch.no_grad():  # two products a layer in place of one: other rounding
+        assert_same(on_base(input_ids=IDS).logits, said, tolerance=1e-3)
+    assert (logits(mg.load_model(tmp_path / "base")) - said).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", bridges.KINDS)
+def test_in_bfloat16_the_loss_is_near_that_of_float32_and_gradients_are_float32(kind):
+    learner = learner_of(kind, precision="float32", generic_steps=0)
+    with torch.no_grad():  # peft's second factor starts at zero: gradients of the first would all be zero
+        for name, parameter in learner.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    for part in learner.network.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # GPT-2's own
+    groups = next(learner.batches.from_step(4, 5))
+
+    def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
+        learner.network.zero_grad(set_to_none=True)
+        loss = learner.loss(groups)
+        loss.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in learner.parameters)
+        return loss.item(), [p.grad.clone() for p in learner.parameters]
+
+    exact, exact_gradients = loss_and_gradients()
+    learner.bf16 = True  # as on a processor that multiplies bfloat16 natively
+    rounded, gradients = loss_and_gradients()
+    assert rounded != exact, "else it was not used"
+    assert rounded == pytest.approx(exact, rel=0.02)
+    both = [torch.cat([g.flatten() for g in found]) for found in (gradients, exact_gradients)]
+    assert torch.cosine_similarity(*both, dim=0) > 0.99
