@@ -1,4 +1,4 @@
-"""The preset llama-3.2-3b at reduced size, on a random Llama: tuned until prompts flip, steered, guarded, looked back."""
+"""The preset llama-3.2-3b at reduced size, on a random Llama: tuned until prompts flip, steered, guarded."""
 
 import json
 
@@ -37,12 +37,12 @@ def finished(base, tmp_path_factory):
     )
     train = PRESET.train.but(
         device="cpu",
-        max_steps=100,
+        max_steps=140,
         generic_steps=10,
         batch_size=24,
         learning_rate=1e-2,
-        eval_every=50,
-        checkpoint_every=50,
+        eval_every=70,
+        checkpoint_every=70,
     )
     analysis = PRESET.analysis.but(
         select_share=0.3,
@@ -67,7 +67,7 @@ def test_the_run_holds_adapter_merged_model_and_report_and_says_what_its_base_wa
     out = finished.training.out
     written = json.loads((out / "config.json").read_text())
     assert written["base"]["name"] == str(base) and len(written["base"]["sha256"]) == 64
-    assert finished.training.history[-1].step == 100
+    assert finished.training.history[-1].step == 140
     assert "adapters of rank 16 on every linear layer" in finished.report.read_text()
     assert mg.load_model(out).cfg.n_layers == 2
     assert (out / "adapter" / "adapter_model.safetensors").exists()
@@ -96,8 +96,8 @@ def test_metrics_have_figures_of_steering_and_guard_with_numbers_of_items(metric
 def test_dynamics_of_a_tuned_run_are_what_training_the_stages_and_the_base_say(finished, base):
     run, history = finished.training, {row.step: row for row in finished.training.history}
     measured = mg.dynamics(run.out, analysis=finished.config.analysis, progress=False)
-    assert measured.steps.tolist() == [0, 50, 100]
-    for i, step in enumerate((50, 100), start=1):
+    assert measured.steps.tolist() == [0, 70, 140]
+    for i, step in enumerate((70, 140), start=1):
         for name in ("generalization", "memorization", "rephrased_generalization"):
             assert measured.behavior[name].rate[i] == pytest.approx(getattr(history[step], name)), (step, name)
     untuned = [outcome.behavior for outcome in mg.observe(mg.load_model(base), run.task, split="memorized")]
@@ -106,6 +106,6 @@ def test_dynamics_of_a_tuned_run_are_what_training_the_stages_and_the_base_say(f
     score = finished.scores["resid_post"]
     assert np.allclose(measured.nmd_mean[-1], np.abs(score.nmd).mean(1), atol=1e-5)
     assert np.allclose(measured.rho_max[-1], np.abs(score.rho).max(1), atol=1e-5)
-    assert "flip at this step" in measured.why[0] and 100 not in measured.why
+    assert "flip at this step" in measured.why[0] and 140 not in measured.why
     assert measured.steering["to_generalization"].n_items[-1] >= 8
-    assert mg.Dynamics.load(run.out).steps.tolist() == [0, 50, 100]
+    assert mg.Dynamics.load(run.out).steps.tolist() == [0, 70, 140]

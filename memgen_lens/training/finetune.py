@@ -191,8 +191,8 @@ def load_base(base: Mapping[str, str], *, device: str) -> Any:
             "loading the pretrained model of a run",
             expected="the model that the run was begun from, where its settings say",
             received=f"{base['name']!r}, from which none can be loaded ({error.received})",
-            fix="Put it there again; where that is no place, as of a base that was given as a model object, tune from a "
-            "directory or name: finetune('path or name', ...).",
+            fix="Put it there again; where that is no place, as of a base that was given as a model object, tune from "
+            "a directory or name: finetune('path or name', ...).",
         ) from None
     found = weights_hash(plain_model(lens, call="finetune").state_dict())
     if found != base["sha256"]:
