@@ -15,8 +15,9 @@ from memgen_lens.training.pretrained import with_adapters
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 
 
-def test_resuming_from_another_base_is_refused(tmp_path, llama_on_disk):
-    mg.finetune(llama_on_disk, TASK, settings(max_steps=5), out=tmp_path / "run", progress=False)
+def test_resuming_from_another_base_is_refused(tmp_path):
+    llama = mg.save_model(base(), tmp_path / "llama")
+    mg.finetune(llama, TASK, settings(max_steps=5), out=tmp_path / "run", progress=False)
     other = bridges.hugging_face("llama")
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
