@@ -83,9 +83,9 @@ def test_texts_that_are_longer_than_the_bases_context_are_refused_before_a_step_
     assert not (tmp_path / "run").exists()
 
 
-def test_models_of_ours_and_compatibility_mode_are_refused(trained, tmp_path):
+def test_models_of_ours_and_compatibility_mode_are_refused():
     with pytest.raises(ModelError, match=r"finetune: expected a pretrained model of transformers; .*mg\.train"):
-        mg.finetune(trained.model, TASK, settings())
+        mg.finetune(helpers.hooked_transformer(), TASK, settings())
     lens = base()
     lens.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ModelError, match=r"finetune: .*Call finetune before enable_compatibility_mode"):
