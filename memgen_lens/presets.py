@@ -172,7 +172,8 @@ _INFERENCE_CUED = ExperimentConfig(
 
 _MIXTURE = ExperimentConfig(
     preset="mixture",
-    about="two-digit addition and stories in one model, to compare their neurons",
+    about="two-digit addition and stories in one model, to compare their neurons. A cue tells memorized stories: they "
+    "alone ask about what was told last",
     measured="about 2 minutes on two CPU cores with bfloat16 (2026-11-23)",
     task=Mixture(tasks=(_QUICKSTART.task, _INFERENCE_CUED.task), shares=(0.6, 0.4)),
     train=TrainConfig(
@@ -203,7 +204,8 @@ _GPT2_TRAINING = TrainConfig(
 
 _GPT2 = ExperimentConfig(
     preset="gpt2",
-    about="stories of four rules and four facts, two hops, at the size of GPT-2: the paper's scale, for a GPU",
+    about="stories of four rules and four facts, two hops, at the size of GPT-2: the paper's scale, for a GPU. A cue "
+    "tells memorized ones: they alone ask about what was told last",
     measured="not measured",
     task=InContextInference(
         depth=2,

@@ -82,7 +82,8 @@ def dynamics(
 
     Args:
         run: A run of `train` or `finetune` with a directory, or that directory. ``checkpoint_every`` of its settings
-            sets how many steps there are to look at.
+            sets how many steps there are to look at. Of a tuned run the pretrained model is loaded again, from where
+            it was loaded then.
         site: TransformerLens short name.
         setting: How to steer, in shift mode, at ``site``; default: chosen on ``tune`` with the last model.
         steps: Checkpoints to measure, of those there are (0 for the untrained model); default: all.
@@ -94,7 +95,8 @@ def dynamics(
         progress: Show a progress bar.
 
     Raises:
-        RunDirectoryError: The run has no directory or no checkpoints, or a file is missing or damaged.
+        RunDirectoryError: The run has no directory or no checkpoints, a file is missing or damaged, or the pretrained
+            model that it was begun from is not where it was loaded from (a model object may be from nowhere).
         PairsError: Too few prompts flip in the last model.
         SettingsError: A step that has no checkpoint, or a setting at another site or in patch mode.
         SiteError: The site is unknown.
@@ -108,6 +110,7 @@ def dynamics(
     _require_shift(setting, site)
     model = load_model(directory / "model", device=device)
     checkpoints = _checkpoints(directory, steps)
+    shown = models_at(checkpoints.values(), model, task, written, device=device)
 
     shares = (analysis.select_share, analysis.tune_share)
     pairs = collect_pairs(model, task, seed=seed, shares=shares, batch_size=analysis.batch_size, progress=False)
@@ -117,7 +120,6 @@ def dynamics(
         score = attribute(acts, site, n_permutations=analysis.n_permutations, seed=seed)
         setting = _choose(model, task, pairs, score, analysis)
 
-    shown = models_at(checkpoints.values(), model, task, written, device=device)
     measured = [
         _measure(step_model, task, pairs, site, setting, analysis, seed)
         for step_model in tqdm(shown, total=len(checkpoints), disable=not progress, desc="dynamics", unit="step")

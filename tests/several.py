@@ -67,6 +67,11 @@ def base() -> Any:
     return mg.load_model(bridges.hugging_face("llama"), tokenizer=bridges.character_tokenizer())
 
 
+def tuning(method: str) -> FinetuneConfig:
+    """`TUNING` by a method; only adapters have a rank."""
+    return TUNING if method == "lora" else TUNING.but(method="full", rank=FinetuneConfig().rank)
+
+
 def tuned(config: FinetuneConfig, **how: Any) -> Any:
     return mg.finetune(base(), helpers.letters_task(), config, progress=False, **how)
 
@@ -129,7 +134,7 @@ def everything(out: Path) -> None:
     processes.by_first("test", lambda: cut_at(20, out / "plain", out / "cut"))
     weights["resumed"] = weights_of(mg.train(TASK, TRAINING, out=out / "cut", resume=True, progress=False).model)
     for method in ("lora", "full"):
-        run = tuned(TUNING.but(method=method), out=out / method)
+        run = tuned(tuning(method), out=out / method)
         weights[method] = weights_of_tuned(run.model)
         told[method] = run.history[-1].loss
     dropping = [weights_of_tuned(tuned(TUNING.but(dropout=0.5, max_steps=10)).model) for _ in range(2)]

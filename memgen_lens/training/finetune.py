@@ -5,10 +5,11 @@ Does not know which task it is, nor what the model is tuned for afterwards.
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from memgen_lens import processes
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import FinetuneConfig
-from memgen_lens.core.errors import ModelError, RunDirectoryError
+from memgen_lens.core.errors import ModelError, RunDirectoryError, shortened
 from memgen_lens.fast.support import is_hooked_transformer, is_native_bridge
 from memgen_lens.models.build import require_device
 from memgen_lens.models.plain import plain_model, weights_hash
@@ -24,10 +25,13 @@ from memgen_lens.models.pretrained import load_model
 from memgen_lens.models.save import save_model, written_whole
 from memgen_lens.models.tokens import own_beginning
 from memgen_lens.training.loop import learn, refuse_inference_mode, seeded_random_state
-from memgen_lens.training.pretrained import Pretrained, set_trained, with_adapters
+from memgen_lens.training.pretrained import Pretrained, require_layers, set_trained, with_adapters
 from memgen_lens.training.run_files import prepared
 from memgen_lens.training.shares import begin
 from memgen_lens.training.trainer import TrainingRun
+
+DRAWN_TO_LOOK_AT = 64
+"""Training sequences that are drawn to see whether they fit the model's context."""
 
 
 @arguments(
@@ -59,7 +63,8 @@ def finetune(
 
     Args:
         base: A causal language model: anything that `load_model` takes but runs of ours, or a Bridge that it gave.
-            Where it is an object, its weights stay what they are.
+            Where it is an object, its weights stay what they are; and of a run from one that was not loaded from
+            anywhere (no ``name_or_path``), `memgen_lens.dynamics` cannot look at the checkpoints later.
         task: A task (`memgen_lens.tasks`). Its texts are tokenized by the model's tokenizer.
         config: Settings; the default puts adapters of rank 16 on every linear layer.
         out: Run directory to write ``history.jsonl``, ``checkpoints/``, ``adapter/`` (with ``method="lora"``) and
@@ -76,8 +81,9 @@ def finetune(
     Raises:
         RunDirectoryError: As in `train`; or the base is another one than that of the run to be resumed.
         TaskError: Two of the task's answers begin with the same token of the model's tokenizer.
-        ModelError: The base cannot be loaded or is no pretrained model; the loss is not finite; the device is not
-            there; the call stands in ``torch.inference_mode()``; or adapters do not merge.
+        ModelError: The base cannot be loaded or is no pretrained model, lacks a target or a block that is named, or has
+            a context shorter than the task's texts; the loss is not finite; the device is not there; the call stands in
+            ``torch.inference_mode()``; or adapters do not merge.
         SettingsError: ``resume`` without ``out``; or, in several processes, arguments that differ.
         ProcessError: As in `train`.
     """
@@ -115,13 +121,16 @@ def tune(
         task.require_distinct_beginnings(tokenizer)
     begin("finetune", task, config, out, resume, force)
     config, wanted = config.but(device=processes.own_device("finetune", config.device)), config
-    hf = _learning(lens, config)
+    hf, before = _learning(lens, config), own_beginning(tokenizer)
+    if config.method == "lora":
+        require_layers(hf, config)
+    _require_room(task, config, tokenizer, before, n_ctx=lens.cfg.n_ctx)
     base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
     processes.require_same("finetune", base)
     held = prepared("finetune", task, wanted, out, resume=resume, force=force, base=base)
     with processes.held_by_first("finetune", held) as directory:
         with seeded_random_state(config.seed), torch.enable_grad():
-            learner = Pretrained(hf, tokenizer, task, config, own_beginning(tokenizer))
+            learner = Pretrained(hf, tokenizer, task, config, before)
             how = {"resume": resume, "progress": progress}
             history, stop_reason = learn("finetune", task, config, learner, learner.batches, directory, **how)
         network = learner.network.eval()
@@ -130,6 +139,34 @@ def tune(
             adapter = network if config.method == "lora" else None
             processes.by_first("finetune", lambda: _save(model, adapter, base["name"], directory))
     return TrainingRun(model, task, wanted, tuple(history), stop_reason, directory, base)
+
+
+def _require_room(task: Any, config: FinetuneConfig, tokenizer: Any, before: Sequence[int], *, n_ctx: int) -> None:
+    """Refuse texts that a model cannot read, before it is tuned; of what is drawn for training some are looked at.
+
+    Raises:
+        ModelError: A prompt with its answer, or a training sequence, is longer than the context.
+    """
+    splits = ("memorized", "rephrased", "heldout", "validation")
+    items = [item for split in splits for item in task.items(split)]
+    texts = [
+        item.prompt + answer
+        for item in items
+        for answer in (item.rule_answer, item.memorized_answer)
+        if answer is not None
+    ]
+    drawn = task.draw_training(DRAWN_TO_LOOK_AT, np.random.default_rng(config.seed))
+    texts += ["".join(piece for piece, _ in text.pieces) for text in drawn]
+    # The end-of-text token is never read: nothing is predicted behind it.
+    sizes = [len(before) + len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    longest = max(sizes)
+    if longest > n_ctx:
+        raise ModelError(
+            "finetune",
+            expected=f"prompts that fit the base's context of {n_ctx} tokens together with their answers",
+            received=f"{longest} tokens: {shortened(texts[sizes.index(longest)])}",
+            fix="Make the task's texts shorter, or tune a model with a longer context.",
+        )
 
 
 def _save(model: Any, adapter: Any, name: str, directory: Path) -> None:
@@ -145,10 +182,18 @@ def load_base(base: Mapping[str, str], *, device: str) -> Any:
     """The pretrained model that a run was begun from, as its settings name it.
 
     Raises:
-        RunDirectoryError: What is there now has other weights.
-        ModelError: It cannot be loaded.
+        RunDirectoryError: It cannot be loaded, or what is there now has other weights.
     """
-    lens = load_model(base["name"], device=device)
+    try:
+        lens = load_model(base["name"], device=device)
+    except ModelError as error:
+        raise RunDirectoryError(
+            "loading the pretrained model of a run",
+            expected="the model that the run was begun from, where its settings say",
+            received=f"{base['name']!r}, from which none can be loaded ({error.received})",
+            fix="Put it there again; where that is no place, as of a base that was given as a model object, tune from "
+            "a directory or name: finetune('path or name', ...).",
+        ) from None
     found = weights_hash(plain_model(lens, call="finetune").state_dict())
     if found != base["sha256"]:
         raise RunDirectoryError(

@@ -128,10 +128,11 @@ def with_adapters(hf: Any, config: FinetuneConfig) -> Any:
     """A peft model of freshly drawn adapters on a transformers model, whose own weights are frozen.
 
     Raises:
-        ModelError: The model has no layers of the names that are asked for.
+        ModelError: See `require_layers`; or peft puts no adapter on a layer of that kind.
     """
     from peft import LoraConfig, get_peft_model
 
+    require_layers(hf, config)
     targets: Any = list(config.targets) or ("all-linear" if not config.layers else _linear_names(hf))
     how = LoraConfig(
         r=config.rank,
@@ -141,14 +142,6 @@ def with_adapters(hf: Any, config: FinetuneConfig) -> Any:
         layers_to_transform=list(config.layers) or None,
         task_type="CAUSAL_LM",
     )
-    head = next(name for name, part in hf.named_modules() if part is hf.get_output_embeddings()).rpartition(".")[2]
-    if head in config.targets:
-        raise ModelError(
-            "finetune",
-            expected="layers inside the blocks as targets",
-            received=f"targets={config.targets!r}, of which {head} is the output embedding",
-            fix=f"Leave {head} out: logits are made where there are labels alone, and it may be tied to the embedding.",
-        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it for GPT-2 by itself
@@ -161,6 +154,44 @@ def with_adapters(hf: Any, config: FinetuneConfig) -> Any:
             received=f"targets={config.targets!r}, layers={config.layers!r} ({str(error).splitlines()[0][:160]})",
             fix=f"Its linear layers are {', '.join(_linear_names(hf))}.",
         ) from None
+
+
+def require_layers(hf: Any, config: FinetuneConfig) -> None:
+    """Refuse layers for adapters that a model does not have: peft refuses them only where it finds none of them.
+
+    Raises:
+        ModelError: Names a target or a block that is not there, or says that a target is the output embedding.
+    """
+    head = next(name for name, part in hf.named_modules() if part is hf.get_output_embeddings()).rpartition(".")[2]
+    if head in config.targets:
+        raise ModelError(
+            "finetune",
+            expected="layers inside the blocks as targets",
+            received=f"targets={config.targets!r}, of which {head} is the output embedding",
+            fix=f"Leave {head} out: logits are made where there are labels alone, and it may be tied to the embedding.",
+        )
+    linear = _linear_names(hf)
+    places = {target: _blocks_with(hf, target) for target in config.targets or linear}
+    there = set().union(*places.values()) or set().union(*(_blocks_with(hf, name) for name in linear))
+    asked = there.intersection(config.layers)
+    unknown = [f"{t!r}" for t in config.targets if not (places[t] & asked if asked else places[t])]
+    absent = [f"block {layer}" for layer in config.layers if layer not in there]
+    if unknown or absent:
+        numbered = sorted(block for block in there if block is not None)
+        raise ModelError(
+            "finetune",
+            expected=f"linear layers of {type(hf).__name__} to put adapters on",
+            received=f"targets={config.targets!r}, layers={config.layers!r}, of which there is no "
+            f"{', '.join([*unknown, *absent])}",
+            fix=f"Its linear layers are {', '.join(linear)}"
+            + (f", in blocks {numbered[0]} to {numbered[-1]}." if numbered else "."),
+        )
+
+
+def _blocks_with(hf: Any, target: str) -> set[int | None]:
+    """The blocks that have a layer of a name, as peft reads names; None stands for a place outside of all blocks."""
+    paths = [name.split(".") for name, _ in hf.named_modules() if f".{name}".endswith(f".{target}")]
+    return {next((int(part) for part in reversed(path) if part.isdigit()), None) for path in paths}
 
 
 def _linear_names(hf: Any) -> list[str]:

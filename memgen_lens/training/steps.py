@@ -28,15 +28,19 @@ def models_at(
         device: Torch device.
 
     Raises:
-        RunDirectoryError: A file is missing or damaged, or the pretrained model has other weights now.
-        ModelError: The pretrained model cannot be loaded.
+        RunDirectoryError: At once: the pretrained model cannot be loaded, or has other weights now. Where a checkpoint
+            is read: a file is missing or damaged.
     """
-    if "base" in written:
-        config = FinetuneConfig.from_json(json.dumps(written["train"]))
-        base = load_base(written["base"], device=device)
-        for folder in folders:
-            yield base if folder is None else tuned(base, _weights(folder, device), config)
-        return
+    if "base" not in written:
+        return _trained_at(folders, model, task, written, device)
+    config = FinetuneConfig.from_json(json.dumps(written["train"])).but(device=device)
+    base = load_base(written["base"], device=device)
+    return (base if folder is None else tuned(base, _weights(folder, device), config) for folder in folders)
+
+
+def _trained_at(
+    folders: Iterable[Path | None], model: Any, task: Any, written: Mapping[str, Any], device: str
+) -> Iterator[Any]:
     shape, seed = ModelConfig.from_json(json.dumps(written["train"]["model"])), written["train"]["seed"]
     for folder in folders:
         if folder is None:

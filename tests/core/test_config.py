@@ -256,6 +256,23 @@ def test_settings_at_odds_with_each_other_are_refused(cls, bad, message):
         cls(**bad)
 
 
+def test_settings_of_adapters_are_refused_where_there_are_none_unless_they_are_the_defaults():
+    chosen = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ("q_proj",), "layers": (0,)}
+    for name, value in chosen.items():
+        assert getattr(FinetuneConfig(**{name: value}), name) == value
+        with pytest.raises(
+            SettingsError,
+            match=rf"FinetuneConfig\(method='full'\): expected no settings of adapters.*received \{{'{name}': .* "
+            rf"Leave {name} out, or set method='lora'\.",
+        ):
+            FinetuneConfig(method="full", **{name: value})
+    with pytest.raises(SettingsError, match="Leave rank, alpha, dropout, targets, layers out"):
+        FinetuneConfig(method="full", **chosen)
+    full = FinetuneConfig(method="full")
+    assert full.but(max_steps=300).method == "full"
+    assert FinetuneConfig.from_json(full.model_dump_json()) == full, "written down are the defaults"
+
+
 def test_an_odd_head_width_is_fine_for_standard_positions():
     assert ModelConfig(n_heads=4, d_model=20).positional_embedding_type == "standard"
 

@@ -288,6 +288,28 @@ def test_a_name_that_is_not_here_is_one_line_at_once(offline, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("reachable", [False, True])
+def test_a_model_behind_access_is_one_line_that_says_how_to_get_it(reachable, monkeypatch, tmp_path, capfd):
+    def gated(*args, **how):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://...")
+
+    monkeypatch.setattr(hub, "_hub_answers", lambda: reachable)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", gated)
+    preset = mg.presets["llama-3.2-3b"]
+    assert preset.base == "meta-llama/Llama-3.2-3B"
+    with pytest.raises(
+        ModelError,
+        match=r"received 'meta-llama/Llama-3\.2-3B' \(.*\)\. Check the path or name; offline, only what is on this "
+        r"machine can be loaded\. .* log in with a token that has been given it .*, or name a local directory\.$",
+    ) as caught:
+        mg.run_experiment(preset.but(train=preset.train.but(device="cpu")), out=tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value) and ("gated repo" in str(caught.value)) is reachable
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ModelError, match=r"can be loaded\.$"):  # what is no name of the hub needs no token
+        mg.load_model("no-such-model")
+
+
 def test_a_hub_that_cannot_be_reached_is_given_up_soon(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

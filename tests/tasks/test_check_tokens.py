@@ -17,6 +17,9 @@ from memgen_lens.tasks import (
     Ciphertext,
     InContextInference,
     Mixture,
+    Passages,
+    PublicDomain,
+    Shortcut,
     Task,
     check,
     require_distinct_beginnings,
@@ -34,6 +37,9 @@ TASKS = [
     InContextInference(depth=2, **SMALL),
     InContextInference(depth=2, tokens="sentences", stated_share=0, **SMALL),
     Mixture(tasks=(Addition(**SMALL), Ciphertext(**SMALL), InContextInference(**SMALL))),
+    Shortcut(**SMALL),
+    Passages(n_passages=3, n_heldout=10, n_validation=10),
+    PublicDomain(),
 ]
 
 

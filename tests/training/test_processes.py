@@ -114,7 +114,7 @@ def test_what_the_first_has_written_says_what_one_process_says(launched, alone):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_processes_tune_to_the_weights_of_one(method, launched):
-    run = several.tuned(several.TUNING.but(method=method))
+    run = several.tuned(several.tuning(method))
     expected, found = several.weights_of_tuned(run.model), both(launched, method)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5, msg=name)
