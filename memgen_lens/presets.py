@@ -103,7 +103,7 @@ _CIPHERTEXT = ExperimentConfig(
 _INFERENCE = ExperimentConfig(
     preset="inference",
     about="stories that give four names a colour each; some carry a colour they do not imply, and nothing tells which",
-    measured="two to four minutes on two CPU cores with bfloat16 (2026-11-27)",
+    measured="about 6 minutes on one CPU core without AVX-512 (2026-11-28)",
     # With 6 names looking one up is learned within 500 steps, with 12 by some seeds in more than 2,000.
     task=InContextInference(n_names=6, n_memorized=300, n_heldout=500, n_validation=200, n_rephrasings=2),
     train=TrainConfig(
@@ -149,7 +149,7 @@ _INFERENCE_CUED = ExperimentConfig(
     preset="inference-cued",
     about="stories of three rules and three facts, two hops; some carry a colour they do not imply. A cue tells them: "
     "they alone ask about what was told last",
-    measured="about 90 s on two CPU cores with bfloat16 (2026-11-23)",
+    measured="about 9 minutes on one CPU core without AVX-512 (2026-11-28)",
     task=InContextInference(
         depth=2, tokens="sentences", order_tells=True, n_facts=3, n_animals=4, n_names=4, n_colours=6, n_questions=4
     ),

@@ -21,10 +21,8 @@ def learner_of(kind: str = "llama", **changes) -> Pretrained:
         return Pretrained(bridges.hugging_face(kind), tokenizer, TASK, settings(**changes), before=())
 
 
-@pytest.mark.parametrize("loss", ["answer", "sequence"])
-@pytest.mark.parametrize("kind", bridges.KINDS)
-def test_loss_and_gradients_are_those_of_peft_and_transformers_alone(kind, loss):
-    learner = learner_of(kind, loss=loss, precision="float32", generic_steps=0)
+def told_apart(learner):
+    """The learner with adapters that do something, and nothing that is drawn anew in each pass."""
     with torch.no_grad():  # peft's second factor starts at zero: gradients of the first would all be zero
         for name, parameter in learner.network.named_parameters():
             if "lora_B" in name:
@@ -32,6 +30,13 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers_alone(kind, loss)
     for part in learner.network.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0  # GPT-2's own
+    return learner
+
+
+@pytest.mark.parametrize("loss", ["answer", "sequence"])
+@pytest.mark.parametrize("kind", bridges.KINDS)
+def test_loss_and_gradients_are_those_of_peft_and_transformers_alone(kind, loss):
+    learner = told_apart(learner_of(kind, loss=loss, precision="float32", generic_steps=0))
     groups = next(learner.batches.from_step(4, 5))
     learner.loss(groups).backward()
     ours = [p.grad.clone() for p in learner.parameters]
@@ -50,14 +55,7 @@ def test_loss_and_gradients_are_those_of_peft_and_transformers_alone(kind, loss)
 
 @pytest.mark.parametrize("kind", bridges.KINDS)
 def test_in_bfloat16_the_loss_is_near_that_of_float32_and_gradients_are_float32(kind):
-    learner = learner_of(kind, precision="float32", generic_steps=0)
-    with torch.no_grad():  # peft's second factor starts at zero: gradients of the first would all be zero
-        for name, parameter in learner.network.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    for part in learner.network.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0  # GPT-2's own
+    learner = told_apart(learner_of(kind, precision="float32", generic_steps=0))
     groups = next(learner.batches.from_step(4, 5))
 
     def loss_and_gradients() -> tuple[float, list[torch.Tensor]]:
