@@ -1,6 +1,7 @@
 """All ways to score neurons, on a model of which it is known where its recall is."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,13 +117,15 @@ def test_steering_is_a_shift_of_the_first_neurons_as_computed_by_hand(found, pla
             tokens = planted.model.to_tokens(item.prompt)
             last, ids = tokens.shape[1] - 1, []
 
-            def add(activation, hook, last=last):
+            # The layer is bound, not looked up by the hook's name: on a Bridge a hook goes by several names.
+            def add(activation, hook, layer, last=last):
                 change = torch.zeros_like(activation)
-                change[:, last:] = -norm * shift[layer_of[hook.name]]
+                change[:, last:] = -norm * shift[layer]
                 return activation + change
 
+            hooks = [(name, partial(add, layer=layer)) for layer, name in enumerate(names)]
             while len(ids) < 8:
-                with planted.model.hooks(fwd_hooks=[(name, add) for name in layer_of]):
+                with planted.model.hooks(fwd_hooks=hooks):
                     logits = planted.model(tokens, attention_mask=torch.ones_like(tokens))
                 ids.append(int(logits[0, -1].argmax()))
                 if ids[-1] == planted.model.tokenizer.eos_token_id:
@@ -133,7 +136,7 @@ def test_steering_is_a_shift_of_the_first_neurons_as_computed_by_hand(found, pla
             kinds.append(text == item.rule_answer or (None if text == item.memorized_answer else "other"))
         return kinds.count(True) / len(kinds), kinds.count("other") / len(kinds)
 
-    layer_of = {name: layer for layer, name in enumerate(site_hooks(planted.model, "post"))}
+    names = site_hooks(planted.model, "post")
     norms = (0.5, 1.0, 2.0)
     tried = [shown("tune", norm) for norm in norms]
     best = max(range(3), key=lambda i: tried[i][0] - tried[i][1])
