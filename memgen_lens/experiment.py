@@ -45,7 +45,10 @@ from memgen_lens.training import TrainingRun, train
 from memgen_lens.training.finetune import tune
 from memgen_lens.viz.report import write_report
 
-PACKAGES = ("memgen-lens", "transformer-lens", "torch", "numpy", "scipy", "scikit-learn", "transformers", "plotly")
+PACKAGES = (
+    *("memgen-lens", "transformer-lens", "torch", "transformers", "peft", "gguf"),
+    *("numpy", "scipy", "scikit-learn", "plotly"),
+)
 
 
 @dataclass(frozen=True)

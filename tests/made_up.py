@@ -73,9 +73,8 @@ def seeds() -> SeedConsistency:
 
 def adapters() -> AdapterConsistency:
     share, chance = np.array([[1.0, 0.3], [0.3, 1.0]]), np.full((2, 2), 0.12)
-    return AdapterConsistency(
-        "post", ("seed 0", "<b>other"), 0.1, 99, chance * 800, share, chance, chance, chance, share / 2, chance, chance
-    )
+    index = (chance * 800, share, chance, chance, chance, share / 2, chance, chance)
+    return AdapterConsistency("post", ("seed 0", "<b>other"), 0.1, 99, *index, chance * 1.5, chance / 4)
 
 
 def run_dynamics() -> Dynamics:

@@ -563,7 +563,12 @@ CALLS: dict[str, Callable[[SimpleNamespace], Call]] = {
         mg.consistency.across_seeds, scores=[w.scores, w.scores], top_fraction=0.1
     ),
     "consistency.across_adapters": lambda w: good(
-        mg.consistency.across_adapters, scores=[w.scores, w.scores], top_fraction=0.1, n_permutations=9, seed=0
+        mg.consistency.across_adapters,
+        scores=[w.scores, w.scores],
+        acts=None,
+        top_fraction=0.1,
+        n_permutations=9,
+        seed=0,
     ),
     "consistency.across_tasks": lambda w: good(
         mg.consistency.across_tasks,

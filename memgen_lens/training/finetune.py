@@ -63,10 +63,12 @@ def finetune(
 
     Args:
         base: A causal language model: anything that `load_model` takes but runs of ours, or a Bridge that it gave.
-            Where it is an object, its weights stay what they are; and of a run from one that was not loaded from
-            anywhere (no ``name_or_path``), `memgen_lens.dynamics` cannot look at the checkpoints later.
+            Where it is an object, its weights stay what and where they are, and what is tuned is a float32 copy where
+            they are not float32; and of a run from one that was not loaded from anywhere (no ``name_or_path``),
+            `memgen_lens.dynamics` cannot look at the checkpoints later.
         task: A task (`memgen_lens.tasks`). Its texts are tokenized by the model's tokenizer.
-        config: Settings; the default puts adapters of rank 16 on every linear layer.
+        config: Settings; the default puts adapters of rank 16 on every linear layer. ``config.device`` is where the
+            model is tuned and what is returned lies, wherever the base is.
         out: Run directory to write ``history.jsonl``, ``checkpoints/``, ``adapter/`` (with ``method="lora"``) and
             ``model/`` into; None keeps all in memory.
         resume: Go on from the newest whole checkpoint in ``out``. On one machine the result is the same, bit for
@@ -79,7 +81,7 @@ def finetune(
         are shown to be theirs (see `load_model`).
 
     Raises:
-        RunDirectoryError: As in `train`; or the base is another one than that of the run to be resumed.
+        RunDirectoryError: As in `train`; or the base has other weights than that of the run to be resumed.
         TaskError: Two of the task's answers begin with the same token of the model's tokenizer.
         ModelError: The base cannot be loaded or is no pretrained model, lacks a target or a block that is named, or has
             a context shorter than the task's texts; the loss is not finite; the device is not there; the call stands in
@@ -125,7 +127,8 @@ def tune(
     if config.method == "lora":
         require_layers(hf, config)
     _require_room(task, config, tokenizer, before, n_ctx=lens.cfg.n_ctx)
-    base = {"name": name or hf.name_or_path or type(hf).__name__, "sha256": weights_hash(hf.state_dict())}
+    base = {"name": _from_anywhere(name or hf.name_or_path) or type(hf).__name__}
+    base["sha256"] = weights_hash(hf.state_dict())
     processes.require_same("finetune", base)
     held = prepared("finetune", task, wanted, out, resume=resume, force=force, base=base)
     with processes.held_by_first("finetune", held) as directory:
@@ -134,11 +137,20 @@ def tune(
             how = {"resume": resume, "progress": progress}
             history, stop_reason = learn("finetune", task, config, learner, learner.batches, directory, **how)
         network = learner.network.eval()
+        if (
+            directory is not None and config.method == "lora"
+        ):  # first: nothing that was learned is lost if it does not merge
+            processes.by_first("finetune", lambda: _save_adapter(network, base["name"], directory))
         model = load_model(network, tokenizer=tokenizer)
         if directory is not None:
-            adapter = network if config.method == "lora" else None
-            processes.by_first("finetune", lambda: _save(model, adapter, base["name"], directory))
+            processes.by_first("finetune", lambda: save_model(model, directory / "model"))
     return TrainingRun(model, task, wanted, tuple(history), stop_reason, directory, base)
+
+
+def _from_anywhere(name: str) -> str:
+    """A name that means the same whichever the working directory: of a path that is there, the whole path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def _require_room(task: Any, config: FinetuneConfig, tokenizer: Any, before: Sequence[int], *, n_ctx: int) -> None:
@@ -169,13 +181,11 @@ def _require_room(task: Any, config: FinetuneConfig, tokenizer: Any, before: Seq
         )
 
 
-def _save(model: Any, adapter: Any, name: str, directory: Path) -> None:
-    """Write the tuned model and, if there is one, the adapter that made it."""
-    if adapter is not None:
-        adapter.peft_config["default"].base_model_name_or_path = name
-        with written_whole(directory / "adapter", call="finetune(out={})") as elsewhere:
-            adapter.save_pretrained(elsewhere, save_embedding_layers=False)
-    save_model(model, directory / "model")
+def _save_adapter(adapter: Any, name: str, directory: Path) -> None:
+    """Write an adapter, which names its base."""
+    adapter.peft_config["default"].base_model_name_or_path = name
+    with written_whole(directory / "adapter", call="finetune(out={})") as elsewhere:
+        adapter.save_pretrained(elsewhere, save_embedding_layers=False)
 
 
 def load_base(base: Mapping[str, str], *, device: str) -> Any:
@@ -186,13 +196,13 @@ def load_base(base: Mapping[str, str], *, device: str) -> Any:
     """
     try:
         lens = load_model(base["name"], device=device)
-    except ModelError as error:
+    except (ModelError, RunDirectoryError) as error:
         raise RunDirectoryError(
             "loading the pretrained model of a run",
             expected="the model that the run was begun from, where its settings say",
             received=f"{base['name']!r}, from which none can be loaded ({error.received})",
-            fix="Put it there again; where that is no place, as of a base that was given as a model object, tune from "
-            "a directory or name: finetune('path or name', ...).",
+            fix="Put it there again; where that is no place, as of a base that was given as a model object made in "
+            "memory, tune from a directory or name: finetune('path or name', ...).",
         ) from None
     found = weights_hash(plain_model(lens, call="finetune").state_dict())
     if found != base["sha256"]:
@@ -223,6 +233,9 @@ def tuned(lens: Any, weights: Mapping[str, Tensor], config: FinetuneConfig) -> A
 def _learning(lens: Any, config: FinetuneConfig) -> Any:
     """The transformers model in a Bridge, to be trained: it shares frozen weights with it, and none that will move."""
     hf = plain_model(lens, call="finetune")
-    if config.method == "full":
-        hf = copy.deepcopy(hf).float().requires_grad_()
+    full = config.method == "full"
+    if full or any(weight.dtype != torch.float32 for weight in hf.parameters()):
+        hf = copy.deepcopy(hf).float()
+    if full:
+        hf.requires_grad_()
     return hf.to(config.device)

@@ -80,6 +80,8 @@ def _prepare(
             begun = read_json(settings)
             # A setting that the version of then did not have is what it is where nobody sets it.
             begun = begun | {"train": defaults | begun.get("train", {})}
+            if "base" in wanted and wanted["base"]["sha256"] == begun.get("base", {}).get("sha256"):
+                begun["base"] = wanted["base"]  # the same weights, whatever they are called by now
             if begun != wanted:
                 raise RunDirectoryError(
                     f"{name}(out={str(directory)!r}, resume=True)",

@@ -39,7 +39,8 @@ STEERING_PANELS = (
 def adapter_overlap(result: AdapterConsistency) -> go.Figure:
     """How far models tuned from one pretrained model have the same neurons: overlap of top sets, correlation of scores.
 
-    ``chance`` is the mean overlap of random sets with as many neurons in each layer; hovering shows p, too.
+    ``chance`` is the mean overlap of random sets with as many neurons in each layer, ``labels exchanged`` that with top
+    sets of labels which say nothing (where activations were given); hovering shows p, too.
 
     Args:
         result: At least two models compared.
@@ -52,21 +53,29 @@ def adapter_overlap(result: AdapterConsistency) -> go.Figure:
         )
 
     n = len(result.models)
-    chance = result.overlap_expected_within_layers
-    share = [
-        [f"{_text(result.overlap[i, j], '.0%')}<br>chance {_text(chance[i, j], '.0%')}" for j in range(n)]
-        for i in range(n)
-    ]
+    chance, exchanged = result.overlap_expected_within_layers, result.overlap_exchanged
+    told = np.isfinite(exchanged).any()
+
+    def cell(i: int, j: int) -> str:
+        text = f"{_text(result.overlap[i, j], '.0%')}<br>chance {_text(chance[i, j], '.0%')}"
+        return text + (f"<br>labels exchanged {_text(exchanged[i, j], '.0%')}" if told else "")
+
+    def against(i: int, j: int) -> str:
+        text = under("by chance within layers", chance, result.overlap_p)(i, j)
+        p = _text(result.overlap_exchanged_p[i, j], ".2g")
+        return text + (f"<br>with labels exchanged {_text(exchanged[i, j], '.3f')} (p {p})" if told else "")
+
+    share = [[cell(i, j) for j in range(n)] for i in range(n)]
     rank = [[_text(result.rank_correlation[i, j], ".2f") for j in range(n)] for i in range(n)]
     panels = (f"overlap of the top {100 * result.top_fraction:g} %", "rank correlation of scores")
     figure = _panels(panels)
-    hover = _cells(result.models, under("by chance within layers", chance, result.overlap_p), join="and")
+    hover = _cells(result.models, against, join="and")
     _draw(figure, result.overlap, share, hover, "overlap", sequential(SITE_COLORS[0]), (0.0, 1.0), 1)
     shuffled = under("by permutation", result.rank_correlation_expected, result.rank_correlation_p)
     hover = _cells(result.models, shuffled, join="and")
     _draw(figure, result.rank_correlation, rank, hover, panels[1], _diverging(), (-1.0, 1.0), 2)
     _named(figure, result.models)
-    return themed(figure, f"Same neurons? {escape(result.site)}", height=150 + 62 * n)
+    return themed(figure, f"Same neurons? {escape(result.site)}", height=150 + (80 if told else 62) * n)
 
 
 @arguments(

@@ -99,7 +99,7 @@ def test_one_seed_gives_one_run_and_another_seed_another():
 
 SCRIPT = """
     # Told to go on until it is killed.
-    import sys, time
+    import json, sys, time
     sys.path.insert(0, sys.argv[3])
     import tuning as here, memgen_lens as mg, torch
     from memgen_lens.training import loop
@@ -112,12 +112,14 @@ SCRIPT = """
         return step(*arguments)
 
     loop.take_step = slow_step
-    mg.finetune(sys.argv[2], here.TASK, here.settings(dropout=0.1), out=sys.argv[1], progress=False)
+    how = json.loads(sys.argv[4])
+    mg.finetune(sys.argv[2], here.TASK, here.settings(**how), out=sys.argv[1], progress=False)
 """
 
 
-def test_a_run_that_was_killed_goes_on_to_the_very_same_adapter(tmp_path, llama_on_disk):
-    out, config = tmp_path / "killed", settings(dropout=0.1)
+@pytest.mark.parametrize("how", [{"dropout": 0.1}, {"method": "full"}], ids=["lora", "full"])
+def test_a_run_that_was_killed_goes_on_to_the_very_same_weights(how, tmp_path, llama_on_disk):
+    out, config = tmp_path / "killed", settings(**how)
     script = [
         sys.executable,
         "-c",
@@ -125,6 +127,7 @@ def test_a_run_that_was_killed_goes_on_to_the_very_same_adapter(tmp_path, llama_
         str(out),
         str(llama_on_disk),
         str(Path(__file__).parent.parent),
+        json.dumps(how),
     ]
     process = subprocess.Popen(script)
     deadline = time.monotonic() + 240
@@ -137,9 +140,10 @@ def test_a_run_that_was_killed_goes_on_to_the_very_same_adapter(tmp_path, llama_
     with helpers.one_thread():
         resumed = mg.finetune(llama_on_disk, TASK, config, out=out, resume=True, progress=False)
         uncut = mg.finetune(llama_on_disk, TASK, config, out=tmp_path / "uncut", progress=False)
-    adapters = [load_file(run.out / "adapter" / "adapter_model.safetensors") for run in (resumed, uncut)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    learned = "model/model.safetensors" if "method" in how else "adapter/adapter_model.safetensors"
+    one, other = (load_file(run.out / learned) for run in (resumed, uncut))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
     numbers = [[{**row.__dict__, "seconds": 0} for row in run.history] for run in (resumed, uncut)]
     assert numbers[0] == numbers[1]
 

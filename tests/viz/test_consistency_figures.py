@@ -119,10 +119,14 @@ def test_adapter_overlap_draws_shares_beside_chance_and_correlations():
     shares, ranks = figures.adapter_overlap(result).data
     assert np.array_equal(np.array(shares.z), result.overlap)
     assert np.array_equal(np.array(ranks.z), result.rank_correlation)
-    assert shares.text[0][1] == "30%<br>chance 12%" and ranks.text[0][1] == "0.15"
+    assert shares.text[0][1] == "30%<br>chance 12%<br>labels exchanged 18%" and ranks.text[0][1] == "0.15"
     assert shares.customdata[0][1].startswith(
         "seed 0 and &lt;b&gt;other<br>by chance within layers 0.120 (p 0.12 of 99"
     )
+    assert shares.customdata[0][1].endswith("<br>with labels exchanged 0.180 (p 0.03)")
+    nothing = np.full((2, 2), np.nan)
+    without, _ = figures.adapter_overlap(replace(result, overlap_exchanged=nothing, overlap_exchanged_p=nothing)).data
+    assert without.text[0][1] == "30%<br>chance 12%" and "exchanged" not in str(without.customdata)
 
 
 def test_the_slider_moves_the_profiles_and_the_marker_to_its_step():

@@ -11,6 +11,7 @@ from scipy.stats import fisher_exact, hypergeom, spearmanr
 import memgen_lens as mg
 from memgen_lens.analysis.attribution.resampled import weighted_rho
 from memgen_lens.analysis.attribution.scored import correlation
+from memgen_lens.analysis.comparison.exchanged import scores_of_exchanged_labels
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
 from memgen_lens.core.errors import PairsError, SettingsError, SiteError
 from memgen_lens.core.files import to_json, with_nulls
@@ -329,6 +330,71 @@ def test_neurons_that_are_still_in_either_model_are_not_compared():
 def test_across_adapters_refuses_what_has_no_common_index(shapes, message):
     with pytest.raises(SettingsError, match=message):
         mg.consistency.across_adapters([scores_of(np.ones(shape)) for shape in shapes])
+
+
+def acts_of_models(shared: float, n_items: int = 60) -> dict[str, Activations]:
+    """Two models, two pairs an item; ten of 100 neurons vary most, and tell the labels apart by ``shared``."""
+    acts = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        mem, gen = noise(2 * n_items, seed=seed)
+        for side in (mem, gen):  # the two pairs of an item are nearly one
+            side[1::2] = side[::2] + 0.1 * side[1::2]
+            side[..., :10] *= 20
+        mem[..., :10] += 20 * shared
+        acts[name] = acts_of(mem, gen, items=[i // 2 for i in range(2 * n_items)])
+    return acts
+
+
+def test_neurons_that_vary_most_in_both_models_are_the_same_ones_whatever_the_labels_say():
+    acts = acts_of_models(shared=0)
+    scores = {name: mg.attribute(of, "x", method="nmd") for name, of in acts.items()}
+    found = mg.consistency.across_adapters(scores, acts=acts, n_permutations=99)
+    assert found.overlap[0, 1] > 0.7 and found.overlap_p[0, 1] == 0.01, "to the index alone that is no chance"
+    assert found.overlap_exchanged[0, 1] == pytest.approx(found.overlap[0, 1], abs=0.15)
+    assert found.overlap_exchanged_p[0, 1] > 0.2
+    assert found.rows()[0]["overlap_exchanged"] == found.overlap_exchanged[0, 1] == found.overlap_exchanged[1, 0]
+    without = mg.consistency.across_adapters(scores, n_permutations=99)
+    assert np.isnan(without.overlap_exchanged).all() and without.summary()["overlap_exchanged"][0][1] is None
+    assert np.array_equal(without.overlap, found.overlap) and np.array_equal(without.overlap_p, found.overlap_p)
+
+
+def test_neurons_that_tell_the_labels_apart_in_both_models_are_others_where_labels_are_exchanged():
+    acts = acts_of_models(shared=2.0)
+    scores = {name: mg.attribute(of, "x", split=None) for name, of in acts.items()}
+    found = mg.consistency.across_adapters([*scores.values()], acts=[*acts.values()], n_permutations=99)
+    assert found.overlap[0, 1] == 1
+    assert found.overlap_exchanged[0, 1] < 0.2 and found.overlap_exchanged_p[0, 1] == pytest.approx(1 / 201)
+
+
+@pytest.mark.parametrize("method", ["pearson", "nmd"])
+def test_exchanged_labels_are_those_of_whole_items_half_of_them(method):
+    acts = acts_of_models(shared=0.5, n_items=10)["a"]
+    score = mg.attribute(acts, "x", method=method, split=None, n_permutations=0)
+    drawn = scores_of_exchanged_labels(score, acts, np.random.default_rng(3), call="test")
+    side, rng = acts.site("x"), np.random.default_rng(3)
+    signs = rng.permuted(np.tile(np.where(np.arange(10) < 5, -1.0, 1.0), (100, 1)), axis=1)
+    for draw in (0, 41, 99):
+        swap = np.repeat(signs[draw] < 0, 2)[:, None, None]
+        mem, gen = np.where(swap, side.generalized, side.memorized), np.where(swap, side.memorized, side.generalized)
+        by_hand = mg.attribute(acts_of(mem, gen), "x", method=method, split=None, n_permutations=0)
+        np.testing.assert_allclose(drawn[draw], by_hand.score, rtol=0, atol=1e-4 * np.abs(by_hand.score).max())
+
+
+def test_across_adapters_refuses_activations_that_are_not_those_of_the_scores():
+    acts = acts_of_models(shared=0)
+    scores = {name: mg.attribute(of, "x") for name, of in acts.items()}
+    for given, message in (
+        ({"a": acts["a"], "c": acts["b"]}, r"the models that have scores: .*'b'.*; received .*'c'"),
+        ([acts["a"]], "the models that have scores"),
+        ({"a": acts["b"], "b": acts["a"]}, r"scores of 'x' were made of \(\d+ pairs\); received others: 120 pairs"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            mg.consistency.across_adapters(scores, acts=given)
+    causal = {name: replace(score, method="attribution_patching") for name, score in scores.items()}
+    with pytest.raises(SettingsError, match="received scores by attribution_patching, which runs the model"):
+        mg.consistency.across_adapters(causal, acts=acts)
+    with pytest.raises(SiteError):
+        mg.consistency.across_adapters({name: replace(score, site="y") for name, score in scores.items()}, acts=acts)
 
 
 # --- tasks of a mixture ------------------------------------------------------------------------------------------
