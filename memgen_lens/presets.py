@@ -237,18 +237,18 @@ _SMOLLM2 = ExperimentConfig(
     task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
     train=FinetuneConfig(
-        max_steps=300,
+        max_steps=360,
         generic_steps=40,
         learning_rate=7e-4,
-        eval_every=100,
-        checkpoint_every=100,
+        eval_every=120,
+        checkpoint_every=120,
         target_generalization=0.985,
         target_memorization=1.0,
     ),
     analysis=AnalysisConfig(
         top_fractions=(0.1, 0.3, 1.0),
-        alphas=(0.5, 1.0, 2.0),
-        positions=("prompt",),
+        alphas=(0.25, 0.5, 1.0),  # a shift of 2 breaks every completion
+        positions=("answer",),  # a shift of the whole prompt turns as many, and every prompt is read anew for each draw
         toward="generalization",
         cost_alphas=(),  # some minutes a strength: `mg.steering_cost` does it where that is asked for
     ),
