@@ -32,7 +32,7 @@ from memgen_lens.core.metrics import consistency_metrics
 from memgen_lens.core.neuron_records import NeuronRecord, save_neurons
 from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
 from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
-from memgen_lens.core.types import FittedKind
+from memgen_lens.core.types import FittedKind, Method
 from memgen_lens.presets import ExperimentConfig
 
 N_RESAMPLES = 1000
@@ -120,7 +120,8 @@ def steer(
     """Choose every steering on ``tune``, report them on ``test``, and see which layers matter; save all."""
     analysis, task, pairs = config.analysis, config.task, acts.pairs
     how = {"batch_size": analysis.batch_size, "progress": progress}
-    others = [method for method in analysis.methods if method != "pearson"]  # by which scores are here, with their test
+    # By which scores are here already, with their test.
+    others: list[Method] = [method for method in analysis.methods if method != "pearson"]
     by_score = {(site, "pearson"): scores[site] for site in analysis.sites}
     by_score |= ranked(model, acts, analysis.sites, others, seed=config.seed, **how)
     candidates = [by_score[site, method] for site in analysis.sites for method in analysis.methods]
