@@ -249,7 +249,7 @@ _SMOLLM2 = ExperimentConfig(
     analysis=AnalysisConfig(
         top_fractions=(0.1, 0.3, 1.0),
         alphas=(0.25, 0.5, 1.0),  # a shift of 2 breaks every completion
-        positions=("answer",),  # a shift of the whole prompt turns as many, and every prompt is read anew for each draw
+        positions=("answer",),  # the whole prompt turned as many, and is read anew for each draw
         toward="generalization",
         cost_alphas=(),  # some minutes a strength: `mg.steering_cost` does it where that is asked for
     ),

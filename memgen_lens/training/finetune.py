@@ -127,8 +127,8 @@ def tune(
     if config.method == "lora":
         require_layers(hf, config)
     _require_room(task, config, tokenizer, before, n_ctx=lens.cfg.n_ctx)
-    base = {"name": _from_anywhere(name or hf.name_or_path) or type(hf).__name__}
-    base["sha256"] = weights_hash(hf.state_dict())
+    name = _from_anywhere(name or hf.name_or_path) or type(hf).__name__
+    base = {"name": name, "sha256": weights_hash(hf.state_dict())}
     processes.require_same("finetune", base)
     held = prepared("finetune", task, wanted, out, resume=resume, force=force, base=base)
     with processes.held_by_first("finetune", held) as directory:
@@ -137,10 +137,9 @@ def tune(
             how = {"resume": resume, "progress": progress}
             history, stop_reason = learn("finetune", task, config, learner, learner.batches, directory, **how)
         network = learner.network.eval()
-        if (
-            directory is not None and config.method == "lora"
-        ):  # first: nothing that was learned is lost if it does not merge
-            processes.by_first("finetune", lambda: _save_adapter(network, base["name"], directory))
+        # The adapter first: nothing that was learned is lost where it does not merge.
+        if directory is not None and config.method == "lora":
+            processes.by_first("finetune", lambda: _save_adapter(network, name, directory))
         model = load_model(network, tokenizer=tokenizer)
         if directory is not None:
             processes.by_first("finetune", lambda: save_model(model, directory / "model"))

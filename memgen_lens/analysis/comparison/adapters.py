@@ -50,7 +50,6 @@ def across_adapters(
     - For both, p = the share of permutations of one model's neuron index that come out as high or higher (one-sided,
       at least ``1 / (n_permutations + 1)``). The index is permuted alike in all layers, as a place of the residual
       stream behaves alike in many: permuted layer by layer, p would be far too small.
-
     - With ``acts``: the overlap of one model's top set with the other's where the labels of a random half of its items
       are exchanged, the mean of both directions, and as p the share of these with as much overlap or more (at least
       1 in 201). A permuted index says that the *same* neurons come first, not why: those that vary most in the base
@@ -75,6 +74,7 @@ def across_adapters(
     Raises:
         SettingsError: Fewer than two models, unlike sites, methods or shapes, a value out of range, or activations that
             are not those of the scores.
+        SiteError: The site is not among the activations.
     """
     named = named_scores(
         scores,
@@ -91,8 +91,10 @@ def across_adapters(
         for j, b in enumerate(values):
             rng = np.random.default_rng((seed, min(i, j), max(i, j)))
             figures[:8, i, j] = _compared(a, b, top_fraction, n_permutations, rng)
-            if exchanged:
-                figures[8:, i, j] = _against_exchanged((a, b), (exchanged[i], exchanged[j]), top_fraction)
+            if exchanged and i <= j:
+                figures[8:, i, j] = figures[8:, j, i] = _against_exchanged(
+                    (a, b), (exchanged[i], exchanged[j]), top_fraction
+                )
     return AdapterConsistency(
         next(iter(named.values())).site, tuple(map(str, named)), top_fraction, n_permutations, *figures
     )
