@@ -1,6 +1,7 @@
 """Many runs: failures, dead workers, interrupts, second starts; with stand-ins where the run itself does not matter."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_a_run_that_kills_its_worker_twice_is_recorded_and_the_others_end(tmp_pa
     assert runs.column("behavior.flip_rate") == [0.0, None, 0.2, 0.3, 0.4]
     said = capsys.readouterr()
     assert "seed=1: failed: its worker died 2 times" in said.out + said.err
-    assert "seed=4: done in 0 s (flips 0.400)" in said.out + said.err
+    # Where the pool was cut down between its figures and its seconds, those seconds are not known.
+    assert re.search(r"seed=4: done( in 0 s)? \(flips 0\.400\)", said.out + said.err)
 
 
 def test_trouble_of_the_pool_itself_is_raised(tmp_path, monkeypatch):
