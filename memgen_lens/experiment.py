@@ -20,7 +20,7 @@ from memgen_lens.behavior import observe
 from memgen_lens.core import arguments as kinds
 from memgen_lens.core.arguments import arguments
 from memgen_lens.core.config import FinetuneConfig
-from memgen_lens.core.errors import PairsError
+from memgen_lens.core.errors import PairsError, SettingsError
 from memgen_lens.core.files import read_json, write_json, write_jsonl
 from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.items import Outcome, same_items
@@ -279,7 +279,7 @@ def _analysed(
 def _base(config: ExperimentConfig) -> Any:
     """The pretrained model that is tuned, or None.
 
-    Refuses, before an hour of training, a device that is not there or a site that the model will not have.
+    Refuses, before an hour of training, a device that is not there and sites or layers that the model will not have.
     """
     require_device(config.train.device, call="run_experiment")
     if isinstance(config.train, FinetuneConfig):
@@ -290,6 +290,14 @@ def _base(config: ExperimentConfig) -> Any:
         base, asked = None, build_model(config.train.model, config.task.tokenizer, n_ctx=1, seed=0)
     for site in (*config.analysis.sites, config.analysis.probe_site):
         site_hooks(asked, site)
+    n_layers, optimized = int(asked.cfg.n_layers), config.analysis.optimized_layers
+    if max(optimized, default=0) >= n_layers:
+        raise SettingsError(
+            "AnalysisConfig.optimized_layers",
+            expected=f"layers of the model, 0 to {n_layers - 1}",
+            received=repr(optimized),
+            fix="Change them; () optimizes no direction.",
+        )
     return base
 
 

@@ -117,7 +117,9 @@ _INFERENCE = ExperimentConfig(
         eval_every=500,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(methods=_METHODS, toward="generalization", fitted=("clusters", "low_rank")),
+    analysis=AnalysisConfig(
+        methods=_METHODS, toward="generalization", fitted=("clusters", "low_rank"), optimized_layers=(0, 1)
+    ),
 )
 
 # Answers of one token, as methods look at the answer position alone: of a string's later tokens they see nothing.
@@ -251,6 +253,7 @@ _SMOLLM2 = ExperimentConfig(
         alphas=(0.25, 0.5, 1.0),  # a shift of 2 breaks every completion
         positions=("answer",),  # the whole prompt turned as many, and is read anew for each draw
         toward="generalization",
+        optimized_layers=(14, 17, 20),
         cost_alphas=(),  # some minutes a strength: `mg.steering_cost` does it where that is asked for
     ),
 )
@@ -272,7 +275,7 @@ _SMOLLM2_ADDITION = _SMOLLM2.but(
     train=_SMOLLM2.train.but(
         max_steps=500, batch_size=48, generic_steps=100, learning_rate=1e-3, eval_every=50, checkpoint_every=100
     ),
-    analysis=_SMOLLM2.analysis.but(toward=None),
+    analysis=_SMOLLM2.analysis.but(toward=None, optimized_layers=()),
 )
 
 _LLAMA = _SMOLLM2.but(
@@ -285,7 +288,7 @@ _LLAMA = _SMOLLM2.but(
     train=FinetuneConfig(
         max_steps=1500, batch_size=64, learning_rate=2e-4, eval_every=100, checkpoint_every=500, device="cuda"
     ),
-    analysis=AnalysisConfig(methods=_METHODS, toward="generalization"),
+    analysis=AnalysisConfig(methods=_METHODS, toward="generalization", optimized_layers=(13, 16, 19)),
 )
 
 PRESETS: dict[str, ExperimentConfig] = {

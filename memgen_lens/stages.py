@@ -19,11 +19,15 @@ from memgen_lens.analysis import (
     evaluate_steering,
     fit_probes,
     mode_and_content,
+    optimize_direction,
     steering_cost,
     sweep_steering,
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.analysis.neurons.look import look_at
+from memgen_lens.analysis.recording.judge import Judge
+from memgen_lens.analysis.steering.grid import Candidate
+from memgen_lens.analysis.steering.sweep import swept_rows
 from memgen_lens.analysis.steering.tune import ranked
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
@@ -31,7 +35,7 @@ from memgen_lens.core.guard_records import GuardTable
 from memgen_lens.core.metrics import consistency_metrics
 from memgen_lens.core.neuron_records import NeuronRecord, save_neurons
 from memgen_lens.core.records import Activations, NeuronScores, ProbeReport
-from memgen_lens.core.steering_records import SteeringSetting, SteeringTable
+from memgen_lens.core.steering_records import SteeringSetting, SteeringTable, SweepRow
 from memgen_lens.core.types import FittedKind, Method
 from memgen_lens.presets import ExperimentConfig
 
@@ -135,12 +139,15 @@ def steer(
     for kind in analysis.fitted:
         fitted = {"mode": kind, "source": acts, "sizes": sizes, "seed": config.seed}
         rows[kind] = sweep_steering(model, task, pairs, candidates, **fitted, **grid)
-    say("steering the test pairs, with controls")
     chosen = {
         mode: _steering(choose_setting(swept, toward=analysis.toward).setting, by_score, acts, seed=config.seed)
         for mode, swept in rows.items()
     }
+    optimized: tuple[SweepRow, ...] = ()
+    if analysis.optimized_layers:
+        optimized, chosen["direction"] = _optimized(config, model, acts, say, progress)
     controls = {"n_controls": analysis.n_controls, "seed": config.seed}
+    say("steering the test pairs, with controls")
     tables = {mode: evaluate_steering(model, task, pairs, one, **controls, **how) for mode, one in chosen.items()}
     shift = tables["shift"].setting
     if analysis.cost_alphas:
@@ -160,8 +167,27 @@ def steer(
         **how,
     )
     tried = [row for swept in rows.values() for row in swept]
-    write_json(directory / "steering.json", {"tune": tried, "by_layer": by_layer, **tables})
+    write_json(directory / "steering.json", {"tune": tried, "by_layer": by_layer, "optimized": optimized, **tables})
     return Steered(tables, chosen["shift"])
+
+
+def _optimized(
+    config: ExperimentConfig, model: Any, acts: Activations, say: Callable[[str], None], progress: bool
+) -> tuple[tuple[SweepRow, ...], Steering]:
+    """Directions optimized on ``select``, a layer each, what they do on ``tune``, and the one that does best there."""
+    analysis, pairs = config.analysis, acts.pairs
+    toward = analysis.toward or "generalization"
+    how = {"batch_size": analysis.batch_size, "progress": progress}
+    say(f"optimizing a direction at each of {len(analysis.optimized_layers)} layers on the select pairs")
+    tried = []
+    for layer in analysis.optimized_layers:
+        fit = {"toward": toward, "seed": config.seed, "batch_size": min(analysis.batch_size, 256), "progress": progress}
+        tried.append(Candidate(optimize_direction(model, pairs, layers=layer, **fit), (layer,), None))
+    judge = Judge.of(model, config.task, pairs, **how)
+    index = judge.flipping(model, pairs.of("tune"), batch_size=analysis.batch_size)
+    rows = swept_rows(model, judge, index, tried, batch_size=analysis.batch_size)
+    best = choose_setting(rows, toward=toward)
+    return rows, next(one.steering for one, row in zip(tried, rows, strict=True) if row is best)
 
 
 def guard(

@@ -13,7 +13,7 @@ import pytest
 import memgen_lens as mg
 from memgen_lens import stages
 from memgen_lens.core.consistency_records import SplitHalf, TaskConsistency
-from memgen_lens.core.errors import RunDirectoryError
+from memgen_lens.core.errors import RunDirectoryError, SettingsError
 from memgen_lens.core.files import read_json, read_jsonl
 from memgen_lens.core.neuron_records import load_neurons
 from memgen_lens.core.records import NeuronScores
@@ -28,6 +28,7 @@ CONFIG = mg.ExperimentConfig(
         alphas=(1.0, 2.0, 4.0),
         fitted=("low_rank",),
         fitted_sizes=(2, 999),
+        optimized_layers=(0, 1),
         mode_and_content=True,
     ),
 )
@@ -51,6 +52,30 @@ def test_fitted_rules_are_swept_and_reported_beside_the_shift(finished):
     tried = {row["setting"]["mode"] for row in json.loads((out / "steering.json").read_text())["tune"]}
     assert tried == {"shift", "patch", "low_rank"}
     assert "rank 2" in (out / "report.html").read_text()
+
+
+def test_a_direction_is_optimized_at_each_layer_and_the_best_on_tune_reported(finished):
+    experiment, out, _ = finished
+    saved = json.loads((out / "steering.json").read_text())
+    assert [row["layers"] for row in saved["optimized"]] == [[0], [1]]
+    gains = [row["to_generalization"] - row["to_generalization_other"] for row in saved["optimized"]]
+    block = json.loads((out / "metrics.json").read_text())["steering"]["direction"]
+    assert block["chosen"]["layers"] == [int(np.argmax(gains))]
+    assert block["chosen"]["chosen"] == "optimized towards generalization"
+    table = experiment.steering["direction"]
+    assert block["to_generalization"]["shift_rate"] == table.to_generalization.shift["rate"]
+    assert "random_direction" in block["to_generalization"]["controls"]
+    report = (out / "report.html").read_text()
+    assert "An optimized direction" in report and f"Chosen: layer {np.argmax(gains)}." in report
+
+
+def test_layers_that_the_model_has_not_are_refused_before_training(tmp_path):
+    config = CONFIG.but(analysis=CONFIG.analysis.but(optimized_layers=(0, 2)))
+    with pytest.raises(
+        SettingsError, match=r"optimized_layers: expected layers of the model, 0 to 1; received \(0, 2\)"
+    ):
+        mg.run_experiment(config, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_was_found_can_be_told_to_other_processes(finished):

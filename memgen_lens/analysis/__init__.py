@@ -18,6 +18,7 @@ from memgen_lens.analysis.steering.evaluation import evaluate_steering
 from memgen_lens.analysis.steering.guard import Guard
 from memgen_lens.analysis.steering.guarded import evaluate_guard
 from memgen_lens.analysis.steering.mode_content import mode_and_content
+from memgen_lens.analysis.steering.optimized import optimize_direction
 from memgen_lens.analysis.steering.positions import steering_by_position
 from memgen_lens.analysis.steering.steering import Steering
 from memgen_lens.analysis.steering.sweep import choose_setting, sweep_steering
@@ -36,6 +37,7 @@ __all__ = [
     "fit_probes",
     "load_activations",
     "mode_and_content",
+    "optimize_direction",
     "patching_map",
     "probe_by_position",
     "recitation",

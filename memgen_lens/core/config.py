@@ -7,7 +7,7 @@ settings (see `memgen_lens.cli`).
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, NonNegativeInt, Tag, field_validator, model_validator
 
 from memgen_lens.core.cross_fit import CrossFit
 from memgen_lens.core.errors import SettingsError, shortened
@@ -313,6 +313,10 @@ class AnalysisConfig(Settings):
     """Rules fitted on ``select`` and reported beside the shift: what they add depends on the activation of a row."""
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
     """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
+    optimized_layers: tuple[NonNegativeInt, ...] = ()
+    """Layers of ``resid_post``, counted from 0, at each of which a direction is optimized on ``select``
+    (`memgen_lens.optimize_direction`), towards ``toward`` or else generalization; the one that does best on ``tune`` is
+    reported beside the shift."""
     cost_alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha, in the
     direction that steering is chosen for; none = not measured."""

@@ -100,6 +100,7 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
                 "positions": setting.positions,
                 "method": setting.method,
                 **({} if setting.size is None else {"mode": setting.mode, "size": setting.size}),
+                **({"layers": _layers(table), "chosen": setting.chosen} if setting.mode == "direction" else {}),
             },
             **({} if table.predicted is None else {"predicted": table.predicted}),
             "to_generalization": {
@@ -121,6 +122,10 @@ def steering_metrics(tables: dict[str, SteeringTable]) -> dict[str, Any]:
         }
 
     return {**one(tables["shift"]), **{mode: one(table) for mode, table in tables.items() if mode != "shift"}}
+
+
+def _layers(table: SteeringTable) -> list[int]:
+    return [layer for layer, n in enumerate(table.n_neurons_by_layer) if n]
 
 
 def guard_metrics(table: GuardTable) -> dict[str, Any]:

@@ -50,7 +50,9 @@ class RunContents:
         sweep: Steering settings tried on ``tune``: for all layers, then the chosen one layer by layer.
         shift: Steering by shifting on ``test``, or None.
         patch: Steering by patching on ``test``, or None.
-        fitted: Steering by fitted rules on ``test``, by kind, where somebody has measured it.
+        fitted: Steering by fitted rules and an optimized direction on ``test``, by mode, where somebody has measured
+            it.
+        optimized: What directions optimized at one layer each did on ``tune``.
         cost: What the shift reaches against what it costs, strength by strength, where somebody has measured it.
         tuned: What `memgen_lens.tune_steering` tried and chose, where somebody has saved it here.
         guard: The guard on ``test``, where somebody has measured it.
@@ -75,6 +77,7 @@ class RunContents:
     shift: SteeringTable | None
     patch: SteeringTable | None
     fitted: dict[str, SteeringTable]
+    optimized: tuple[SweepRow, ...]
     cost: SteeringCost | None
     tuned: TunedSteering | None
     guard: GuardTable | None
@@ -135,9 +138,10 @@ def read_run(directory: str | Path) -> RunContents:
         patch=None if why["patch"] else _rebuild(path, SteeringTable.from_json, tables["patch"]),
         fitted={
             kind: _rebuild(path, SteeringTable.from_json, steering[kind])
-            for kind in get_args(FittedKind)
+            for kind in (*get_args(FittedKind), "direction")
             if not _why(steering.get(kind))
         },
+        optimized=_rebuild(path, _each(SweepRow.from_json), steering.get("optimized", ())),
         cost=SteeringCost.load(directory) if (directory / COST).exists() else None,
         tuned=TunedSteering.load(directory) if (directory / TUNED).exists() else None,
         guard=_read(directory / GUARD, read_json, GuardTable.from_json) if (directory / GUARD).exists() else None,

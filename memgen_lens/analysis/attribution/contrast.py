@@ -119,20 +119,7 @@ class Contrast:
         the answer position is ``asked.at``.
         """
         n_answers, n_tokens = self._rows(asked)
-        answers = asked.answers[:n_answers]
-        last = asked.tokens[None, :, -1:].expand(n_answers, -1, -1)
-        new = torch.cat([last, answers[:, :, : n_tokens - 1]], dim=2).flatten(0, 1)
-        if asked.past is None:
-            new = torch.cat([asked.tokens[:, :-1].repeat(n_answers, 1), new], dim=1)
-        tokens = new.repeat(copies, 1)
-        mask = torch.ones_like(tokens)
-        past = None
-        if asked.past is None:
-            mask[:, : asked.mask.shape[1]] = asked.mask.repeat(n_answers * copies, 1)
-        else:
-            past = asked.past.repeated(n_answers * copies, room=n_tokens)
-        with self.model.hooks(fwd_hooks=hooks):
-            logits = last_logits(self.model, tokens, mask, past, n=n_tokens).float()
+        logits = answered(self.model, asked, asked.answers[:n_answers, :, : n_tokens - 1], hooks, copies=copies)
         return self._of_logits(asked, logits.unflatten(0, (copies, n_answers, len(asked.index))))
 
     def forced(self, asked: Asked, hooks: Sequence[str]) -> Forced | None:
@@ -165,6 +152,35 @@ class Contrast:
         """Rows of each prompt, and tokens behind all but the last of it that are run."""
         longest = asked.answers.shape[2]
         return (1, 1) if self.metric is not None or longest == 1 else (2, longest)
+
+
+def answered(
+    model: LensModel, asked: Asked, answers: Int[Tensor, "answer batch token"], hooks: Hooks, *, copies: int = 1
+) -> Float[Tensor, "row pos d_vocab"]:
+    """Logits behind prompts and behind each token that is fed in after them, under hooks.
+
+    Args:
+        model: A lens model.
+        asked: Prompts.
+        answers: Tokens that are fed in, of one answer or of several.
+        hooks: They see rows ``[copy, answer, batch]`` flattened, as the logits are.
+        copies: How often to run all of it.
+    """
+    n_answers = len(answers)
+    last = asked.tokens[None, :, -1:].expand(n_answers, -1, -1)
+    new = torch.cat([last, answers], dim=2).flatten(0, 1)
+    n_tokens = new.shape[1]
+    if asked.past is None:
+        new = torch.cat([asked.tokens[:, :-1].repeat(n_answers, 1), new], dim=1)
+    tokens = new.repeat(copies, 1)
+    mask = torch.ones_like(tokens)
+    past = None
+    if asked.past is None:
+        mask[:, : asked.mask.shape[1]] = asked.mask.repeat(n_answers * copies, 1)
+    else:
+        past = asked.past.repeated(n_answers * copies, room=n_tokens)
+    with model.hooks(fwd_hooks=hooks):
+        return last_logits(model, tokens, mask, past, n=n_tokens).float()
 
 
 def _called(metric: Metric, logits: Tensor, items: Sequence[Item]) -> Any:
