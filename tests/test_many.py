@@ -172,7 +172,8 @@ def test_a_killed_worker_loses_one_run_which_is_tried_again_with_the_same_figure
     watcher.join(5)
     assert runs.summary() == "3 done"
     attempts = {row["run"]: row["attempts"] for row in runs.table}
-    assert attempts[killed[0]] == 2 and attempts["seed=2"] == 1 and max(attempts.values()) == 2
+    # The third may have been begun when the pool broke, and is then begun anew as well.
+    assert attempts[killed[0]] == 2 and max(attempts.values()) == 2
     ours, theirs = figures_of(runs), figures_of(swept[0])
     assert ours["seed=0"] == theirs["seed=0"] and ours["seed=1"] == theirs["seed=1"], "to the last digit"
 
@@ -188,8 +189,8 @@ def test_a_run_that_kills_its_worker_twice_is_recorded_and_the_others_end(tmp_pa
     assert runs.column("behavior.flip_rate") == [0.0, None, 0.2, 0.3, 0.4]
     said = capsys.readouterr()
     assert "seed=1: failed: its worker died 2 times" in said.out + said.err
-    # Where the pool was cut down between its figures and its seconds, those seconds are not known.
-    assert re.search(r"seed=4: done( in 0 s)? \(flips 0\.400\)", said.out + said.err)
+    # Where the pool was cut down between its figures and its seconds, those are not known; a busy machine takes some.
+    assert re.search(r"seed=4: done( in \d+ s)? \(flips 0\.400\)", said.out + said.err)
 
 
 def test_trouble_of_the_pool_itself_is_raised(tmp_path, monkeypatch):
