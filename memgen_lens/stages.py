@@ -25,9 +25,8 @@ from memgen_lens.analysis import (
 )
 from memgen_lens.analysis.comparison import across_tasks, split_half, task_names
 from memgen_lens.analysis.neurons.look import look_at
-from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.grid import Candidate
-from memgen_lens.analysis.steering.sweep import swept_rows
+from memgen_lens.analysis.steering.sweep import rows_on
 from memgen_lens.analysis.steering.tune import ranked
 from memgen_lens.core.errors import PairsError
 from memgen_lens.core.files import with_nulls, write_json
@@ -177,15 +176,12 @@ def _optimized(
     """Directions optimized on ``select``, a layer each, what they do on ``tune``, and the one that does best there."""
     analysis, pairs = config.analysis, acts.pairs
     toward = analysis.toward or "generalization"
-    how = {"batch_size": analysis.batch_size, "progress": progress}
     say(f"optimizing a direction at each of {len(analysis.optimized_layers)} layers on the select pairs")
     tried = []
     for layer in analysis.optimized_layers:
         fit = {"toward": toward, "seed": config.seed, "batch_size": min(analysis.batch_size, 256), "progress": progress}
         tried.append(Candidate(optimize_direction(model, pairs, layers=layer, **fit), (layer,), None))
-    judge = Judge.of(model, config.task, pairs, **how)
-    index = judge.flipping(model, pairs.of("tune"), batch_size=analysis.batch_size)
-    rows = swept_rows(model, judge, index, tried, batch_size=analysis.batch_size)
+    rows = rows_on(model, config.task, pairs, tried, batch_size=analysis.batch_size, progress=progress)
     best = choose_setting(rows, toward=toward)
     return rows, next(one.steering for one, row in zip(tried, rows, strict=True) if row is best)
 

@@ -14,9 +14,8 @@ import torch
 from when_is_there_a_switch import BASE, WAYS, WORLDS
 
 import memgen_lens as mg
-from memgen_lens.analysis.recording.judge import Judge
 from memgen_lens.analysis.steering.grid import Candidate
-from memgen_lens.analysis.steering.sweep import swept_rows
+from memgen_lens.analysis.steering.sweep import rows_on
 from memgen_lens.core.files import read_json
 
 PLACES = [(site, layer) for layer in (0, 1) for site in ("resid_mid", "resid_post")]
@@ -57,10 +56,8 @@ def told(directory: Path, toward: Any) -> str:
         for site, layer in PLACES
         for n_steps in N_STEPS
     }
-    judge = Judge.of(model, task, pairs, batch_size=2048, progress=False)
-    index = judge.flipping(model, pairs.of("tune"), batch_size=2048)
     candidates = [Candidate(steer, None, None) for steer in tried.values()]
-    rows = swept_rows(model, judge, index, candidates, batch_size=2048)
+    rows = rows_on(model, task, pairs, candidates, progress=False)
     best = mg.choose_setting(rows, toward=toward)
     (site, layer, n_steps), steer = next(pair for pair, row in zip(tried.items(), rows, strict=True) if row is best)
     table = mg.evaluate_steering(model, task, pairs, steer, **how)

@@ -302,8 +302,7 @@ class AnalysisConfig(Settings):
     alphas: tuple[float, ...] = Field((0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0), min_length=1)
     """Multiples of abs(NMD) to try, each above 0."""
     methods: tuple[Method, ...] = Field(("pearson",), min_length=1)
-    """What neurons are ranked by when they are steered (see `memgen_lens.attribute`): each is tried, and the one that
-    does best on ``tune`` is taken; "pearson" is the paper's."""
+    """What ranks neurons to be steered (`memgen_lens.attribute`): the best on ``tune``; "pearson" is the paper's."""
     positions: tuple[Positions, ...] = Field(("answer", "prompt"), min_length=1)
     """Where to try the shift: from the answer position on, at it alone, or at every position."""
     toward: Direction | None = None
@@ -314,17 +313,15 @@ class AnalysisConfig(Settings):
     fitted_sizes: tuple[int, ...] = Field((1, 4, 16), min_length=1)
     """Numbers of clusters or ranks to try, each at least 1; those beyond the items of ``select`` are left out."""
     optimized_layers: tuple[NonNegativeInt, ...] = ()
-    """Layers of ``resid_post``, counted from 0, at each of which a direction is optimized on ``select``
-    (`memgen_lens.optimize_direction`), towards ``toward`` or else generalization; the one that does best on ``tune`` is
-    reported beside the shift."""
+    """Layers of ``resid_post`` at each of which `memgen_lens.optimize_direction` finds a vector on ``select``, towards
+    ``toward`` or else generalization; the best on ``tune`` is reported beside the shift."""
     cost_alphas: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Strengths at which the chosen shift is held against its cost, each a multiple of the chosen alpha, in the
     direction that steering is chosen for; none = not measured."""
     false_trigger_rate: float = Field(0.01, ge=0, lt=1)
     """Share of computing prompts of ``tune`` and ``validation`` that the guard may steer, in [0, 1)."""
     mode_and_content: bool = False
-    """Patch computing prompts from recalling ones, by depth and position, and tell mode from content: takes long where
-    prompts or models are."""
+    """Tell mode from content by patching computing prompts from recalling ones, by depth and position: takes long."""
     n_controls: int = Field(20, ge=20)
     """Draws of each steering control."""
     batch_size: int = Field(2048, ge=1)

@@ -150,10 +150,12 @@ class _Vector:
     Attributes:
         norms: Of the activations at the answer position, of all prompts.
         unit: None before these are known.
+        scale: By their mean, so that ``unit`` moves in shares of it.
     """
 
     norms: list[Tensor] = field(default_factory=list)
     unit: Tensor | None = None
+    scale: float = 0.0
 
     def seen(self, h: Float[Tensor, "row neuron"], copy: Tensor, prompt: Tensor) -> Tensor:
         """Take note of the rows."""
@@ -170,7 +172,7 @@ class _Vector:
     def value(self) -> Float[Tensor, " neuron"]:
         """The vector."""
         assert self.unit is not None
-        return self.unit * (float(torch.cat(self.norms).mean()) / len(self.unit) ** 0.5)
+        return self.unit * self.scale
 
 
 @dataclass
@@ -196,6 +198,9 @@ class _Fit:
                 received=f"{lacking[0]}, which it has and never calls",
                 fix="Choose a site inside the blocks.",
             )
+        for vector in self.vectors.values():
+            assert vector.unit is not None
+            vector.scale = float(torch.cat(vector.norms).mean()) / len(vector.unit) ** 0.5
 
     def descended(
         self, n_steps: int, learning_rate: float, done: Callable[[], Any]
@@ -254,15 +259,20 @@ def _ended(model: LensModel, pairs: PromptPairs, answers: Answers, toward: Direc
     """
     which, eos = WAYS.index(toward), model.tokenizer.eos_token_id
     (partner,) = (side for way, side in SIDE.items() if way != toward)
+
+    def longer(both: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+        memorized, rule = ([*ids, eos] if i == which and ids[-1] != eos else ids for i, ids in enumerate(both))
+        return memorized, rule
+
+    ended = [longer(both) for both in answers]
     found = list(answers)
-    for asked in Contrast(model).asked(pairs, partner, answers, batch_size=batch_size):
-        said = answered(model, asked, asked.answers[which][None], []).argmax(-1)
-        behind = said.gather(1, asked.counts[which].sum(-1, keepdim=True))[:, 0].tolist()
-        for place, token in zip(asked.index, behind, strict=True):
-            both = answers[place]
-            if token == eos and both[which][-1] != eos:
-                longer = [*both[which], eos]
-                found[place] = (longer, both[1]) if which == 0 else (both[0], longer)
+    for asked in Contrast(model).asked(pairs, partner, ended, batch_size=batch_size):
+        ids, counts = asked.answers[which], asked.counts[which]
+        said = answered(model, asked, ids[None, :, :-1], []).argmax(-1)
+        last = said.gather(1, counts.sum(-1, keepdim=True) - 1)[:, 0].tolist()
+        for place, token in zip(asked.index, last, strict=True):
+            if token == eos:
+                found[place] = ended[place]
     return found
 
 

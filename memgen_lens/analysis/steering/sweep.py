@@ -107,6 +107,22 @@ def sweep_steering(
         positions=positions,
         call="sweep_steering",
     )
+    asked = {"split": split, "batch_size": batch_size, "use_cache": use_cache, "progress": progress}
+    return rows_on(model, task, pairs, tried, **asked)
+
+
+def rows_on(
+    model: LensModel,
+    task: Any | None,
+    pairs: PromptPairs,
+    tried: Sequence[Candidate],
+    *,
+    split: PairSplit = "tune",
+    batch_size: int = 2048,
+    use_cache: bool = True,
+    progress: bool = True,
+) -> tuple[SweepRow, ...]:
+    """The rates of steerings that are there already, on the pairs of a split that flip; see `sweep_steering`."""
     judge = Judge.of(model, task, pairs, batch_size=batch_size, progress=progress)
     index = judge.flipping(model, pairs.of(split), batch_size=batch_size)
     return swept_rows(model, judge, index, tried, batch_size=batch_size, use_cache=use_cache)
